@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
+import sys
+import sysconfig
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -43,7 +47,7 @@ COMPILE_FLAGS = {
     "race": ["-O1", "-g1", "-fsanitize=thread"],
     "ucontext": ["-O2", "-DSIMT_UCONTEXT"],  # fibers as other processors than x86-64 have them
 }
-# The hooks are in the driver's code only; the emulator's objects serve two modes.
+# The hooks are in the kernels' code only; the emulator's objects serve two modes.
 EMULATOR_FLAGS = {
     **COMPILE_FLAGS,
     "asan": ["-O1", "-g1", "-fsanitize=address"],
@@ -51,7 +55,8 @@ EMULATOR_FLAGS = {
 }
 LINK_FLAGS = {"asan": ["-fsanitize=address,undefined"]}
 # "#pragma unroll" is for nvcc.
-COMMON_FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DLSTM_EXT_SIMT"]
+COMMON_FLAGS = ["-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DLSTM_EXT_SIMT"]
+FOLDERS = (ROOT / "tests", ROOT / "csrc")
 MAX_JOBS = 2
 
 
@@ -89,18 +94,29 @@ def missing() -> str | None:
     return None
 
 
-def _digest(command: Sequence[str], files: Iterable[Path]) -> str:
+def _digest(command: Sequence[str], files: Iterable[tuple[str, bytes]] = ()) -> str:
     content = hashlib.sha256("\0".join(command).encode())
-    for path in sorted(set(files)):
-        content.update(str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).encode())
-        content.update(path.read_bytes())
+    for name, text in sorted(files):
+        content.update(name.encode() + b"\0" + text)
     return content.hexdigest()[:20]
 
 
-def _headers(*folders: Path) -> list[Path]:
-    # All that a source might include: cheaper to read than to ask the compiler.
-    suffixes = {".h", ".def", ".cuh", ".cu", ".inc"}
-    return [path for folder in folders for path in folder.rglob("*") if path.suffix in suffixes]
+_INCLUDE = re.compile(rb'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
+
+
+def _included(source: Path, folders: Sequence[Path]) -> dict[str, bytes]:
+    """What the source includes by quotes, and what that includes, by the names that stand there."""
+    found: dict[str, bytes] = {}
+    todo = [source]
+    while todo:
+        path = todo.pop()
+        for name in map(bytes.decode, _INCLUDE.findall(path.read_bytes())):
+            places = (folder / name for folder in (path.parent, *folders))
+            header = next((place for place in places if place.is_file()), None)
+            if header is not None and name not in found:
+                found[name] = header.read_bytes()
+                todo.append(header)
+    return found
 
 
 def _run(command: list[str]) -> None:
@@ -111,112 +127,121 @@ def _run(command: list[str]) -> None:
         print(done.stderr)
 
 
-def _object(source: Path, flags: list[str], headers: list[Path]) -> Path:
+def _object(source: Path, flags: Sequence[str], folders: Sequence[Path]) -> Path:
+    """`folders` are those in which headers are looked for, the first one first. An object is the same wherever they
+    lie: so a copy of csrc/ in which a file differs needs the objects only that include it."""
     language = ["-x", "c++"] if source.suffix in (".cu", ".cuh") else []
-    digest = _digest([compiler(), *flags], [source, *headers])
+    files = {source.name: source.read_bytes(), **_included(source, folders)}
+    digest = _digest([compiler(), *flags], files.items())
     target = BUILD / "objects" / f"{source.stem}-{digest}.o"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Two processes may build the same thing: each its own file, the name given when it is whole.
-        partial = target.with_suffix(f".{os.getpid()}.o")
-        _run([compiler(), *flags, *language, "-c", str(source), "-o", str(partial)])
+        with locked(target.with_suffix(".building")):
+            if not target.exists():
+                partial = target.with_suffix(
+                    f".{os.getpid()}.o"
+                )  # the name is given when the object is whole
+                paths = [f"-I{folder}" for folder in folders]
+                _run([compiler(), *flags, *paths, *language, "-c", str(source), "-o", str(partial)])
+                partial.replace(target)
+    return target
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Compiled with the same flags. `folders` come in front of the project's own."""
+
+    paths: Sequence[Path]
+    flags: Sequence[str]
+    folders: Sequence[Path] = ()
+
+
+def _link(name: str, flags: Sequence[str], parts: Sequence[Sources], libraries: Sequence[str]) -> Path:
+    """Compiles and links; compiled before, it is only looked up."""
+    jobs = [(path, part.flags, (*part.folders, *FOLDERS)) for part in parts for path in part.paths]
+    with ThreadPoolExecutor(MAX_JOBS) as pool:
+        objects = [str(path) for path in pool.map(lambda job: _object(*job), jobs)]
+    stem, suffix = os.path.splitext(name)
+    target = BUILD / f"{stem}-{_digest([*flags, *objects, *libraries])}{suffix}"
+    if not target.exists():
+        partial = target.with_name(f"{target.name}.{os.getpid()}")
+        _run([compiler(), *flags, *objects, *libraries, "-o", str(partial)])
         partial.replace(target)
     return target
+
+
+def flags_of(mode: str, *more: str) -> list[str]:
+    """Of kernels, and of what else a driver has."""
+    # As system headers: the warnings we want are about our code.
+    return [*COMPILE_FLAGS[mode], *COMMON_FLAGS, "-isystem", str(cuda_include()), *more]
+
+
+def _emulator(mode: str) -> Sources:
+    return Sources(EMULATOR, [*EMULATOR_FLAGS[mode], *COMMON_FLAGS, "-isystem", str(cuda_include())])
 
 
 def compile_driver(
     sources: Sequence[Path | str],
     mode: str = "plain",
-    defines: Sequence[str] = (),
     include_dirs: Sequence[Path | str] = (),
     flags: Sequence[str] = (),
 ) -> Path:
-    """Compiles C++ sources (.cpp, .cu) with the emulator into a program; compiled before, it is only looked up.
+    """Compiles C++ sources (.cpp, .cu) with the emulator into a program.
 
-    `mode` is plain, asan or race; `defines` are NAME or NAME=value; `include_dirs` come before the project's own.
-    `flags` are for the sources, not for the emulator.
+    `mode` is plain, asan or race; `include_dirs` come before the project's own. `flags` are for the sources, not for
+    the emulator.
     """
-    # As system headers: the warnings we want are about our code.
-    system = ["-isystem", str(cuda_include())]
-    common = [*COMMON_FLAGS, *(f"-I{path}" for path in (ROOT / "tests", ROOT / "csrc")), *system]
-    first = [f"-I{path}" for path in include_dirs]
-    driver_flags = [*COMPILE_FLAGS[mode], *first, *common, *(f"-D{define}" for define in defines), *flags]
-    emulator_flags = [*EMULATOR_FLAGS[mode], *common]
-    # Not csrc's: a kernel that changes leaves the emulator's objects as they are.
-    own_headers = sorted(HERE.glob("*.h"))
-    headers = _headers(HERE, ROOT / "csrc", *map(Path, include_dirs))
-    jobs = [(Path(source).resolve(), driver_flags, headers) for source in sources]
-    jobs += [(path, emulator_flags, own_headers) for path in EMULATOR]
-    with ThreadPoolExecutor(MAX_JOBS) as pool:
-        objects = list(pool.map(lambda job: _object(*job), jobs))
-    name = Path(sources[0]).stem
-    program = BUILD / f"{name}-{mode}-{_digest([str(path) for path in objects], [])}"
-    if not program.exists():
-        partial = program.with_suffix(f".{os.getpid()}")
-        _run([compiler(), *LINK_FLAGS.get(mode, []), *map(str, objects), "-ldl", "-o", str(partial)])
-        partial.replace(program)
-    return program
+    paths = [Path(source).resolve() for source in sources]
+    own = Sources(paths, flags_of(mode, *flags), [Path(path) for path in include_dirs])
+    return _link(f"{paths[0].stem}-{mode}", LINK_FLAGS.get(mode, []), [own, _emulator(mode)], ["-ldl"])
 
 
 # Memory has no types in PTX: an f32 may be stored and loaded as a b32.
 PTX_FLAGS = ["-fno-strict-aliasing", "-ffp-contract=off"]
-# A translated kernel is one long function. With checks in it GCC optimises it for a quarter of an hour and more.
-PTX_ASAN_FLAGS = ["-O0"]
 PTX_RUNTIME = HERE / "ptx" / "runtime.cpp"
 
 
-def compile_ptx_driver(
-    driver: Path | str, translated: Sequence[Path | str], mode: str = "plain", **more
-) -> Path:
+def compile_ptx_driver(driver: Path | str, translated: Sequence[Path | str], mode: str = "plain") -> Path:
     """A driver whose kernels are C++ that ptx/translate.py made of nvcc's PTX."""
-    flags = [*PTX_FLAGS, *(PTX_ASAN_FLAGS if mode == "asan" else [])]
-    return compile_driver([driver, PTX_RUNTIME, *translated], mode, flags=flags, **more)
+    return compile_driver([driver, PTX_RUNTIME, *translated], mode, flags=PTX_FLAGS)
 
 
-def compile_ptx_library(translated: Sequence[Path], module: Path) -> Path:
-    """A library that, once loaded, has `module` (of build_extension_module) run translated kernels."""
-    flags = [*COMPILE_FLAGS["plain"], *COMMON_FLAGS, *PTX_FLAGS, "-fPIC", f"-I{ROOT / 'tests'}"]
-    flags += ["-isystem", str(cuda_include())]
-    headers = _headers(HERE, ROOT / "csrc")
-    with ThreadPoolExecutor(MAX_JOBS) as pool:
-        objects = list(pool.map(lambda source: _object(source, flags, headers), [PTX_RUNTIME, *translated]))
-    name = f"{translated[0].stem}-{_digest([str(path) for path in objects], [module])}.so"
-    library = BUILD / name
-    if not library.exists():
-        partial = library.with_suffix(f".{os.getpid()}.so")
-        _run([compiler(), "-shared", *map(str, objects), str(module), "-o", str(partial)])
-        partial.replace(library)
-    return library
+def compile_ptx_library(translated: Sequence[Path], module: Path, mode: str = "plain") -> Path:
+    """A library that, once loaded, has `module` (of compile_module) run translated kernels."""
+    sources = Sources([PTX_RUNTIME, *translated], flags_of(mode, *PTX_FLAGS))
+    return _link(f"{translated[0].stem}-{mode}.so", ["-shared"], [sources], [str(module)])
 
 
-def build_extension_module(
-    name: str, sources: Sequence[Path | str], include_dirs: Sequence[Path | str] = ()
-) -> ModuleType:
-    """A Python module of torch whose kernels run on the emulator (mode plain), compiled without CUDA."""
+def compile_module(name: str, host: Sources, kernels: Sequence[Sources], mode: str = "plain") -> Path:
+    """A Python module of torch whose kernels run on the emulator, compiled without CUDA.
+
+    The mode is that of the kernels: accesses of the host's code are neither watched nor checked.
+    """
+    import torch
     from torch.utils import cpp_extension
 
-    folder = BUILD / "extensions" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    plain_cpp = []
-    for source in map(Path, sources):
-        if source.suffix == ".cu":
-            # cpp_extension would hand a .cu to nvcc.
-            wrapper = folder / f"{source.stem}_cu.cpp"
-            text = f'#include "{source.resolve()}"\n'
-            if not wrapper.exists() or wrapper.read_text() != text:
-                wrapper.write_text(text)
-            plain_cpp.append(wrapper)
-        else:
-            plain_cpp.append(source.resolve())
-    with locked(folder / "building"):
-        (folder / "lock").unlink(missing_ok=True)  # torch's own, left by a process that was killed
-        # ninja names objects by their sources' names, which must not repeat; its dependency files find changed headers.
-        return cpp_extension.load(
-            name=name,
-            sources=[str(path) for path in (*plain_cpp, *EMULATOR)],
-            extra_cflags=["-O2", "-Wno-unknown-pragmas", "-DLSTM_EXT_SIMT", f"-isystem{cuda_include()}"],
-            extra_include_paths=[str(path) for path in (ROOT / "tests", ROOT / "csrc", *include_dirs)],
-            extra_ldflags=["-ldl"],
-            build_directory=str(folder),
-            with_cuda=False,
-        )
+    system = [sysconfig.get_path("include"), *cpp_extension.include_paths()]
+    flags = ["-std=c++20", *(flag for flag in flags_of("plain") if not flag.startswith(("-std", "-W")))]
+    flags += [f"-DTORCH_EXTENSION_NAME={name}", "-DTORCH_API_INCLUDE_EXTENSION_H"]
+    flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    flags += [word for folder in system for word in ("-isystem", folder)]
+    # The kernels come first: of a function that several objects have, the linker takes the first one.
+    parts = [*kernels, replace(host, flags=[*host.flags, *flags]), _emulator(mode)]
+    library = Path(torch.__file__).parent / "lib"
+    libraries = [f"-L{library}", *("-ltorch", "-ltorch_cpu", "-ltorch_python", "-lc10", "-ldl")]
+    link = ["-shared", f"-Wl,-rpath,{library}", *LINK_FLAGS.get(mode, [])]
+    return _link(f"{name}-{mode}.so", link, parts, libraries)
+
+
+def load_module(name: str, path: Path) -> ModuleType:
+    """Functions are looked up when they are called: those of kernels that were left out never are."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    before = sys.getdlopenflags()
+    sys.setdlopenflags(os.RTLD_LAZY)
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.setdlopenflags(before)
+    return module

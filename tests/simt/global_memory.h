@@ -63,16 +63,4 @@ class ConstantMemory {
   const char* memory_;
 };
 
-// Memory that somebody else owns (a tensor's), for the race detector.
-class WatchedMemory {
- public:
-  WatchedMemory(const void* memory, size_t bytes, size_t granularity, const std::string& name = "global");
-  ~WatchedMemory();
-  WatchedMemory(const WatchedMemory&) = delete;
-  WatchedMemory& operator=(const WatchedMemory&) = delete;
-
- private:
-  const void* memory_;
-};
-
 }  // namespace simt

@@ -33,22 +33,6 @@ Value one_of(const char* variable, Value otherwise, std::initializer_list<std::p
   throw Error(std::string("simt: ") + variable + "=" + text + ", and not one of:" + known);
 }
 
-Options options_of_environment() {
-  Options set;
-  set.schedule = one_of("SIMT_SCHEDULE", set.schedule,
-                        {{"fifo", Schedule::Fifo}, {"random", Schedule::Random}, {"priority", Schedule::Priority}});
-  const auto delivery = [](const char* variable, Delivery otherwise) {
-    return one_of(variable, otherwise, {{"now", Delivery::Now}, {"late", Delivery::Late}, {"mixed", Delivery::Mixed}});
-  };
-  set.copies = delivery("SIMT_COPIES", set.copies);
-  set.stores = delivery("SIMT_STORES", set.stores);
-  set.torn = one_of("SIMT_PIECES", set.torn, {{"whole", false}, {"torn", true}});
-  set.mma = one_of("SIMT_MMA", set.mma, {{"exact", MmaSum::Exact}, {"truncated", MmaSum::Truncated}});
-  set.counts_wavefronts = one_of("SIMT_WAVEFRONTS", set.counts_wavefronts, {{"no", false}, {"yes", true}});
-  if (const char* seed = std::getenv("SIMT_SEED")) set.seed = std::strtoull(seed, nullptr, 10);
-  return set;
-}
-
 void check(const LaunchConfig& config) {
   const auto require = [](bool holds, const std::string& what) {
     if (!holds) throw Error("simt: launch: " + what);
@@ -159,6 +143,22 @@ struct ClearWaveAtEnd {
 
 }  // namespace
 
+Options options_of_environment() {
+  Options set;
+  set.schedule = one_of("SIMT_SCHEDULE", set.schedule,
+                        {{"fifo", Schedule::Fifo}, {"random", Schedule::Random}, {"priority", Schedule::Priority}});
+  const auto delivery = [](const char* variable, Delivery otherwise) {
+    return one_of(variable, otherwise, {{"now", Delivery::Now}, {"late", Delivery::Late}, {"mixed", Delivery::Mixed}});
+  };
+  set.copies = delivery("SIMT_COPIES", set.copies);
+  set.stores = delivery("SIMT_STORES", set.stores);
+  set.torn = one_of("SIMT_PIECES", set.torn, {{"whole", false}, {"torn", true}});
+  set.mma = one_of("SIMT_MMA", set.mma, {{"exact", MmaSum::Exact}, {"truncated", MmaSum::Truncated}});
+  set.counts_wavefronts = one_of("SIMT_WAVEFRONTS", set.counts_wavefronts, {{"no", false}, {"yes", true}});
+  if (const char* seed = std::getenv("SIMT_SEED")) set.seed = std::strtoull(seed, nullptr, 10);
+  return set;
+}
+
 Options& options() {
   static Options set = options_of_environment();
   return set;
@@ -173,6 +173,7 @@ void launch(const LaunchConfig& config, std::function<void()> body) {
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   check(config);
   ++statistics().launches;
+  statistics().polls_of_launch = 0;
   if (options().stack_bytes == 0) options().stack_bytes = SIMT_ASAN ? 256 << 10 : 64 << 10;
   machine.config = config;
   machine.body = std::move(body);

@@ -41,6 +41,8 @@ struct Options {
   unsigned resident_blocks = 0;
   // The most blocks of a cooperative launch; 0: any number. One with more is refused.
   unsigned cooperative_blocks = 0;
+  // Of the relaxed stores of 16 bytes, the number of the one that is lost (Statistics::pieces); 0: none.
+  uint64_t lost_piece = 0;
   // Of kernels that nvcc's PTX has been translated of: their accesses to shared memory, printed when the program ends.
   bool counts_wavefronts = false;  // SIMT_WAVEFRONTS=no|yes
   size_t stack_bytes = 0;          // of a thread; 0: enough for this build
@@ -53,12 +55,15 @@ struct Statistics {
   uint64_t switches = 0;
   uint64_t barriers = 0;
   uint64_t polls = 0;
+  uint64_t polls_of_launch = 0;  // of the last one
   uint64_t mmas = 0;
   uint64_t copies = 0;
   uint64_t stores = 0;       // relaxed ones that were not seen by all at once
   uint64_t stale_loads = 0;  // loads that found something older than the newest
+  uint64_t pieces = 0;       // relaxed stores of 16 bytes
 };
 
+Options options_of_environment();
 Options& options();
 Statistics& statistics();
 

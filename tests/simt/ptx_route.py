@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 
 from simt import build, nvcc
 from simt.ptx.parse import parse
@@ -25,24 +21,3 @@ def translated(
     if not output.exists() or output.read_text() != text:
         output.write_text(text)
     return output
-
-
-class TranslatedKernels:
-    """The kernels of `sources`, for a module whose own ones are g++'s."""
-
-    def __init__(self, module: ModuleType, sources: Sequence[Path]) -> None:
-        self._library = ctypes.CDLL(
-            build.compile_ptx_library([translated(source) for source in sources], Path(module.__file__))
-        )
-        self._use(False)
-
-    def _use(self, use: bool) -> None:
-        self._library.ptx_use_translated_kernels(ctypes.c_bool(use))
-
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
-        self._use(True)
-        try:
-            yield
-        finally:
-            self._use(False)

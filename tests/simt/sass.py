@@ -144,7 +144,6 @@ TANH_OF_11_BITS = (r"MUFU\.TANH.*",)
 BLOCK_BARRIER = (r"BAR\.SYNC.*",)
 GENERIC = (r"LD\.E.*", r"ST\.E.*")  # the hardware has to find out which memory it is
 COPY_16 = (r"LDGSTS\.E\.BYPASS\.128.*", r"LDGDEPBAR.*", r"DEPBAR\.LE.*")
-MATRIX_LOADS = (r"LDSM\.16\.M88\.4",)
 MMA_BF16 = (r"HMMA\.16816\.F32\.BF16",)
 MMA_TF32 = (r"HMMA\.1688\.F32\.TF32",)
 # A wait for the launch in front, and leave for the one behind to begin.
@@ -205,27 +204,6 @@ EXPECTATIONS = (
     ),
     # A warp sums by shuffles, the warps of a block meet in shared memory.
     Expectation("norm_cell_*_kernel<*>", present=(*BLOCK_BARRIER, r"SHFL\.BFLY.*")),
-)
-
-# Of the toys of the emulator's tests, which have what the project's own kernels have not yet: they show that these
-# patterns are those of today's machine code.
-TOY_EXPECTATIONS = (
-    Expectation("*", absent=LOCAL_MEMORY),
-    Expectation("toy::grid_f32<*>", present=(*COPY_16, r"LDS\.128", r"(ATOMG|REDG?)\.E\.ADD\.STRONG\.GPU")),
-    Expectation("toy::grid_bf16<*>", present=(*MATRIX_LOADS, *MMA_BF16)),
-    # A mailbox costs no fence.
-    Expectation(
-        "toy::mailbox<*>",
-        present=STRONG_16,
-        absent=(*FENCES, *LOCAL_MEMORY),
-        counts=((BLOCK_BARRIER[0], 1),),
-        in_loop=True,
-    ),
-    # Here they are.
-    Expectation("toy::grid_f32<*>", present=(r"MEMBAR.*", r"CCTL.*"), in_loop=True),
-    Expectation("wrappers::load_x4_trans", present=(r"LDSM\.16\.MT88\.4",)),
-    Expectation("wrappers::multiply<(wrappers::Format)0>", present=(r"HMMA\.16816\.F32",)),
-    Expectation("wrappers::multiply<(wrappers::Format)2>", present=(r"HMMA\.1688\.F32\.TF32",)),
 )
 
 

@@ -159,6 +159,7 @@ void wait_here(const char* doing, const char* file, int line) {
 
 void poll(const char* file, int line) {
   ++statistics().polls;
+  ++statistics().polls_of_launch;
   const uint64_t polls = ++machine.polls_without_progress;
   // All that can run have polled once: nobody is about to do anything else.
   if (polls >= machine.live + 16 && weak::pending()) {

@@ -3,23 +3,21 @@
 // are loops that follow BLAS's definition to the letter.
 #include <torch/extension.h>
 
-#include "cuda/persistent_bf16.cu"
-#include "cuda/persistent_f16.cu"
-#include "cuda/persistent_f32.cu"
-#include "cuda/step_bf16.cu"
-#include "cuda/step_f16.cu"
-#include "cuda/step_f32.cu"
-#include "cuda/stepwise_bf16.cu"
-#include "cuda/stepwise_f16.cu"
-#include "cuda/stepwise_f32.cu"
-#include "cuda/stepwise_f64.cu"
+#include <c10/core/CPUAllocator.h>
+
+#include <cstring>
+#include <list>
+
 #include "python_layer.h"
+#include "simt/emulator.h"
+#include "simt/global_memory.h"
 #include "torch/cuda_stepwise.h"
 
 // In place of the CUDA runtime's. An emulated launch throws what went wrong.
 extern "C" const char* cudaGetErrorString(cudaError_t) { return "no error of an emulated launch"; }
 
 namespace py = pybind11;
+using namespace py::literals;
 
 namespace {
 
@@ -108,25 +106,65 @@ struct Device {
   bool tf32 = false;
   int64_t chunk_bytes = int64_t{1} << 25;
   std::string kernel = "stepwise";
+  bool dependent = false;  // of a capability that has dependent launches
+  int64_t wait_limit = 0;
 } device;
 uint32_t status = 0;
 
-// Of a capability that has no dependent launches: which tensors are weights, only the kernels' own driver says.
-const lstm_ext::cuda::DeviceFacts facts = lstm_ext::cuda::known_devices().front();
+lstm_ext::cuda::DeviceFacts facts_of(int capability) {
+  lstm_ext::cuda::DeviceFacts facts = lstm_ext::cuda::known_devices().front();
+  facts.capability = capability;
+  return facts;
+}
+const lstm_ext::cuda::DeviceFacts facts = facts_of(80), facts_of_dependent = facts_of(90);
 
 lstm_ext::StepwiseDevice emulated_device() {
   const auto request = lstm_ext::cuda::request_named(device.kernel);
   TORCH_CHECK(request, "no kernel ", device.kernel);
-  return {nullptr, &counted_gemm, nullptr, device.tf32, device.chunk_bytes, &facts, *request, &status, 0};
+  return {nullptr,
+          &counted_gemm,
+          nullptr,
+          device.tf32,
+          device.chunk_bytes,
+          device.dependent ? &facts_of_dependent : &facts,
+          *request,
+          &status,
+          device.wait_limit};
+}
+
+// Dependent launches read weights, and nothing else, before they wait. A copy that the host makes of weights is not
+// known here.
+std::list<simt::ConstantMemory> constants_of(const lstm_ext::LayerCall& call) {
+  std::list<simt::ConstantMemory> constants;
+  for (const at::Tensor& weight : call.weights) constants.emplace_back(weight.const_data_ptr(), weight.nbytes());
+  return constants;
 }
 
 lstm_ext::LayerResults emulated_forward(const lstm_ext::LayerCall& call, const lstm_ext::LayerSizes& sizes, bool save) {
+  const auto constants = constants_of(call);
   return lstm_ext::stepwise_forward(call, sizes, save, emulated_device());
 }
 
 lstm_ext::LayerGradients emulated_backward(const lstm_ext::LayerCall& call, const lstm_ext::LayerSizes& sizes,
                                            const lstm_ext::BackwardArguments& args) {
+  const auto constants = constants_of(call);
   return lstm_ext::stepwise_backward(call, sizes, args, emulated_device());
+}
+
+// The memory of a tensor, between fences, which the race detector knows.
+class FencedAllocator final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    const auto free = [](void* memory) { delete static_cast<simt::FencedMemory*>(memory); };
+    auto* const memory = new simt::FencedMemory(bytes, 1, "a tensor");
+    return {memory->data(), memory, free, c10::Device(c10::DeviceType::CPU)};
+  }
+  void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+};
+
+void fence_tensors() {
+  static FencedAllocator allocator;
+  c10::SetCPUAllocator(&allocator, /*priority=*/255);
 }
 
 at::Tensor gemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate, bool tf32) {
@@ -147,8 +185,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   lstm_ext::python::bind_layer(m);
   m.def(
       "set_device",
-      [](bool tf32, int64_t chunk_bytes, const std::string& kernel) { device = {tf32, chunk_bytes, kernel}; },
-      py::arg("tf32"), py::arg("chunk_bytes"), py::arg("kernel"));
+      [](bool tf32, int64_t chunk_bytes, const std::string& kernel, bool dependent, int64_t wait_limit) {
+        device = {tf32, chunk_bytes, kernel, dependent, wait_limit};
+      },
+      py::arg("tf32"), py::arg("chunk_bytes"), py::arg("kernel"), py::arg("dependent") = false,
+      py::arg("wait_limit") = 0);
+  // From now on, of all tensors of the process.
+  m.def("fence_tensors", &fence_tensors);
+  // The variables SIMT_... as they are now.
+  m.def("read_environment", [] { simt::options() = simt::options_of_environment(); });
   // Forgets what has been refused.
   m.def("set_cooperative_blocks", [](unsigned blocks) {
     simt::options().cooperative_blocks = blocks;
@@ -159,6 +204,17 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     const auto counted = std::make_pair(simt::statistics().launches, products);
     simt::statistics().launches = products = 0;
     return counted;
+  });
+  // Of the pieces that blocks hand on, number `lost` from now on is lost; 0: none.
+  m.def("lose_piece", [](uint64_t lost) {
+    simt::options().lost_piece = lost;
+    simt::statistics().pieces = 0;
+  });
+  // Since then: pieces; and of the last launch, polls. Whether a wait has expired since the last call, and the clock.
+  m.def("waits", [] {
+    const simt::Statistics& did = simt::statistics();
+    return py::dict("pieces"_a = did.pieces, "polls"_a = did.polls_of_launch,
+                    "expired"_a = std::exchange(status, 0) != 0, "clock"_a = simt::clock());
   });
   m.def("refused", [] { return std::exchange(simt::statistics().refused, 0); });
   m.def("gemm", &gemm);

@@ -9,13 +9,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import test_stepwise
-import torch
-from emulated_layer import stepwise_module
-from judge import EPS, relative_error
-from simt import build, nvcc, resources
-from simt.modes import MODES
-from simt.ptx_route import TranslatedKernels, translated
+from emulated_layer import in_mode, module_path
+from simt import build, nvcc
+from simt.ptx_route import translated
+from test_modes import KERNELS, QUICK, TYPES, cases_of, expected
 
 pytestmark = pytest.mark.tools
 
@@ -116,172 +113,69 @@ def test_planted_mistakes_are_not_seen_by_gcc(tmp_path: Path) -> None:
     assert wrappers_by_gcc("plain", tmp_path / "csrc") == wrappers_by_gcc("plain")
 
 
-# ---- the toy kernels
+# ---- the kernels of the layer
 
-TOYS = ("grid_f32", "grid_bf16")
-
-
-def toy_driver(mode: str) -> Path:
-    return build.compile_ptx_driver(HERE / "toy_driver.cpp", [translated(HERE / "toy.cu")], mode)
+# What is compiled: the stepwise kernels serve the others too.
+FAMILIES = {"stepwise": ("stepwise",), "step": ("step", "stepwise"), "persistent": ("persistent", "stepwise")}
 
 
-@pytest.mark.parametrize("schedule", ["fifo", "random", "priority"])
-@pytest.mark.parametrize("kernel", TOYS)
-def test_toy(kernel: str, schedule: str) -> None:
-    status, text = run(
-        toy_driver("plain"), kernel, SIMT_SCHEDULE=schedule, SIMT_COPIES="mixed", SIMT_SEED="3"
-    )
-    assert status == 0, text
+def by_ptx(
+    family: str,
+    environment: dict[str, str],
+    mode: str = "plain",
+    types: tuple[str, ...] = QUICK,
+    architecture: str = "sm_90",
+    tolerance: float = 16,
+) -> tuple[list[str], str]:
+    """Where the layer differs from that of g++'s kernels by more than the last bits of exp and tanh; and what the
+    process has printed."""
+    paths = [nvcc.CSRC / "cuda" / f"{name}_{type}.cu" for name in FAMILIES[family] for type in types]
+    sources = [translated(path, architecture) for path in paths if path.exists()]
+    module = module_path(mode, types)
+    library = str(build.compile_ptx_library(sources, module, mode))
+    job = {"cases": cases_of(KERNELS[family]), "types": types, "expected": expected(types)}
+    return in_mode(module, [environment], tolerance=tolerance, library=library, **job)
 
 
-@pytest.mark.parametrize("kernel", TOYS)
-def test_toy_has_no_races(kernel: str) -> None:
-    status, text = run(toy_driver("race"), kernel, SIMT_SCHEDULE="random")
-    assert status == 0, text
+RANDOM = {"SIMT_SCHEDULE": "random", "SIMT_COPIES": "mixed"}
+TORN = {"SIMT_SCHEDULE": "random", "SIMT_STORES": "mixed", "SIMT_PIECES": "torn"}
 
 
-def mailbox_driver(mode: str) -> Path:
-    return build.compile_ptx_driver(HERE / "mailbox_driver.cpp", [translated(HERE / "toy.cu")], mode)
-
-
-@pytest.mark.parametrize("mode", ["weak", "torn", "race-random"])
-def test_mailbox(mode: str) -> None:
-    for settings in MODES[mode].environments:
-        status, text = run(mailbox_driver(MODES[mode].build), "mailbox", **settings)
-        assert status == 0, text
-        assert (", 0 stale loads" in text) == (mode == "race-random"), text
-
-
-def bug_number(source: str, name: str) -> str:
-    body = re.search(r"enum \w*Bug : int \{(.*?)\};", (HERE / source).read_text(), re.S)[1]
-    return str(re.findall(r"^ +(k\w+),", body, re.M).index(name))
-
-
-# With the mode that finds them.
-MAILBOX_BUGS = {
-    "kOneWordTested": ("torn", "wrong numbers"),
-    "kFlagWithoutFence": ("weak", "wrong numbers"),
-    "kLostStore": ("now", "a wait expired"),
-}
-
-
-@pytest.mark.parametrize("bug", MAILBOX_BUGS)
-def test_planted_bug_in_the_mailbox_is_found(bug: str) -> None:
-    mode, message = MAILBOX_BUGS[bug]
-    number = bug_number("toy_mailbox.cuh", bug)
-    environments = MODES[mode].environments
-    runs = [run(mailbox_driver("plain"), "mailbox", number, **settings) for settings in environments]
-    assert any(status != 0 and message in text for status, text in runs), runs
-
-
-# Bugs of toy_lstm.cuh by name: the kernel, the mode that finds them, and what it says.
-BUGS = {
-    "kNoSyncAfterLoad": ("grid_f32", "race", "unordered with"),
-    "kSharedWritePastEnd": ("grid_f32", "plain", "past the end of shared array"),
-    "kNoCopyWait": ("grid_f32", "plain", "wrong numbers"),
-    "kNoFence": ("grid_f32", "race", "unordered with"),
-    "kDivergentBarrier": ("grid_f32", "plain", "divergent __syncthreads"),
-    "kReadOnlyLoad": ("grid_f32", "race", "read-only cache"),
-    "kLeavesEarly": ("grid_f32", "plain", "leaves while others"),
-    "kMisalignedCopy": ("grid_f32", "plain", "not aligned"),
-    "kSwappedFragments": ("grid_bf16", "plain", "wrong numbers"),
-    "kMisalignedLdmatrix": ("grid_bf16", "plain", "16-byte aligned"),
-    "kNoSyncwarp": ("grid_f32", "race", "unordered with"),
-}
-
-
-@pytest.mark.parametrize("bug", BUGS)
-def test_planted_bug_in_a_toy_is_found(bug: str) -> None:
-    kernel, mode, message = BUGS[bug]
-    status, text = run(toy_driver(mode), kernel, bug_number("toy_lstm.cuh", bug))
-    assert status != 0 and message in text
-    # Where it says a place, it is in the toys' own source, not in a wrapper or in generated code.
-    assert " at " not in text or "at toy_" in text
-
-
-# ---- the stepwise kernels
-
-STEPWISE = [nvcc.CSRC / "cuda" / f"stepwise_{name}.cu" for name in ("f32", "f64", "f16", "bf16")]
-
-
-@pytest.mark.parametrize(
-    ("mode", "schedule", "architecture"),
-    [
-        ("race", "priority", "sm_90"),
-        pytest.param("plain", "random", "sm_90", marks=pytest.mark.full),
-        pytest.param("plain", "fifo", "sm_80", marks=pytest.mark.full),
-        pytest.param("asan", "random", "sm_90", marks=pytest.mark.full),
-    ],
-)
-def test_stepwise_kernels(mode: str, schedule: str, architecture: str) -> None:
-    """Against float64, on fenced memory."""
-    sources = [translated(source, architecture) for source in STEPWISE]
-    program = build.compile_ptx_driver(HERE / "stepwise_driver.cpp", sources, mode)
-    status, text = run(program, SIMT_SCHEDULE=schedule, ASAN_OPTIONS="detect_leaks=0")
-    assert status == 0, text
-
-
-TORN = {"SIMT_STORES": "mixed", "SIMT_PIECES": "torn"}
-STEP = [nvcc.CSRC / "cuda" / f"step_{name}.cu" for name in ("f32", "f16", "bf16")]
-
-
-@pytest.mark.parametrize(
-    ("mode", "schedule", "architecture"),
-    [
-        ("race", "priority", "sm_90"),
-        pytest.param("plain", "random", "sm_90", marks=pytest.mark.full),
-        pytest.param("plain", "fifo", "sm_100", marks=pytest.mark.full),
-    ],
-)
-def test_step_kernels(mode: str, schedule: str, architecture: str) -> None:
-    """Both as nvcc compiles them: what the stepwise kernels give, but for the last bits."""
-    sources = [translated(source, architecture) for source in (*STEP, STEPWISE[0], *STEPWISE[2:])]
-    program = build.compile_ptx_driver(HERE / "step_driver.cpp", sources, mode)
-    status, text = run(program, SIMT_SCHEDULE=schedule)
-    assert status == 0, text
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("variables", [{}, {"SIMT_SCHEDULE": "random", **TORN}], ids=["late", "torn"])
-def test_persistent_kernels(variables: dict[str, str]) -> None:
-    """In bfloat16: each type takes a minute to compile."""
-    cuda = nvcc.CSRC / "cuda"
-    sources = [translated(cuda / f"{kernels}_bf16.cu") for kernels in ("persistent", "stepwise")]
-    driver = HERE / "persistent_driver.cpp"
-    program = build.compile_ptx_driver(driver, sources, "plain", defines=["BFLOAT_ONLY"])
-    status, text = run(program, **variables)
-    assert status == 0, text
-
-
-@pytest.fixture(scope="module")
-def stepwise_kernels() -> TranslatedKernels:
-    return TranslatedKernels(stepwise_module(), STEPWISE)
+@pytest.mark.parametrize("family", ["stepwise", "step"])
+def test_kernels_have_no_races(family: str) -> None:
+    assert not by_ptx(family, {"SIMT_SCHEDULE": "priority"}, "race")[0]
 
 
 @pytest.mark.full  # translating and compiling takes most of a minute
-@pytest.mark.parametrize("name", test_stepwise.CASES)
-@pytest.mark.parametrize("dtype", EPS, ids=lambda d: str(d).removeprefix("torch."))
-def test_stepwise_layer(name: str, dtype: torch.dtype, stepwise_kernels: TranslatedKernels) -> None:
-    """On both routes the same, but for the last bits of exp and tanh."""
-    case = test_stepwise.CASES[name]
-    plain = test_stepwise.drawn(case, dtype, 0)
-    with stepwise_kernels.in_use():
-        by_ptx = test_stepwise.drawn(case, dtype, 0)
-    for name, value in by_ptx.items():
-        assert relative_error(value, plain[name]) <= 16 * EPS[dtype], name
+@pytest.mark.parametrize(
+    ("family", "environment", "types", "architecture"),
+    [
+        ("stepwise", RANDOM, TYPES, "sm_90"),
+        ("stepwise", {}, TYPES, "sm_80"),
+        ("step", RANDOM, TYPES[:3], "sm_90"),
+        ("step", {}, TYPES[:3], "sm_100"),
+        ("persistent", {}, QUICK, "sm_90"),
+        ("persistent", TORN, QUICK, "sm_90"),
+    ],
+)
+def test_kernels(family: str, environment: dict[str, str], types: tuple[str, ...], architecture: str) -> None:
+    assert not by_ptx(family, environment, types=types, architecture=architecture)[0]
 
 
 @pytest.mark.full
-def test_stepwise_kernels_are_the_translated_ones(stepwise_kernels: TranslatedKernels) -> None:
-    """Otherwise the test above compares one route with itself. nvcc's exp is not libm's."""
-    case = test_stepwise.Case(steps=3, hidden_size=64)
-    plain = test_stepwise.drawn(case, torch.float32, 0)
-    with stepwise_kernels.in_use():
-        by_ptx = test_stepwise.drawn(case, torch.float32, 0)
-    assert not torch.equal(by_ptx["output"], plain["output"])
+def test_kernels_are_the_translated_ones() -> None:
+    """Otherwise the tests above compare one route with itself. nvcc's exp is not libm's."""
+    assert "differ" in by_ptx("stepwise", {}, types=("f32",), tolerance=0)[0][0]
 
 
 # ---- wavefronts of shared memory
+
+
+def counted(text: str) -> dict[tuple[str, int, str], tuple[int, int, int]]:
+    """By file, line and access: accesses of a warp, their wavefronts, and how few there could be."""
+    pattern = r"^wavefronts: (\S+):(\d+) (\w+ \d+): (\d+) accesses, (\d+) wavefronts, (\d+) at least$"
+    lines = re.findall(pattern, text, re.MULTILINE)
+    return {(file, int(line), access): (int(n), int(w), int(m)) for file, line, access, n, w, m in lines}
 
 
 def test_wavefronts_of_known_patterns() -> None:
@@ -297,20 +191,22 @@ def test_wavefronts_of_known_patterns() -> None:
     )
     status, text = run(program, SIMT_WAVEFRONTS="yes")
     assert status == 0, text
-    counted = {
+    found = {
         line: (wavefronts / accesses, least / accesses)
-        for (_, line, _), (accesses, wavefronts, least) in resources.counted(text).items()
+        for (_, line, _), (accesses, wavefronts, least) in counted(text).items()
     }
-    assert counted == known and len(known) > 12
-    assert not resources.counted(run(program)[1])
+    assert found == known and len(known) > 12
+    assert not counted(run(program)[1])
 
 
-@pytest.mark.parametrize("kernels", ["step", pytest.param("persistent", marks=pytest.mark.full)])
-def test_wavefronts_are_as_recorded(kernels: str) -> None:
-    """In no loop over the depth or the steps do banks stand in each other's way."""
-    if resources.recorded()[0] != nvcc.version():
-        pytest.skip(f"recorded with nvcc {resources.recorded()[0]}; this one is {nvcc.version()}")
-    found = resources.wavefronts(kernels)
-    assert found == resources.recorded_wavefronts()[kernels]
-    pieces = {name: numbers for name, numbers in found.items() if name.endswith(" 16")}
-    assert pieces and all(number == least for number, least in pieces.values()), pieces
+@pytest.mark.parametrize("family", ["step", pytest.param("persistent", marks=pytest.mark.full)])
+def test_banks_are_not_in_each_others_way(family: str) -> None:
+    """In no loop over the depth or the steps: their accesses are those of 16 bytes."""
+    problems, text = by_ptx(family, {"SIMT_WAVEFRONTS": "yes"})
+    assert not problems
+    pieces = {
+        where: numbers
+        for where, numbers in counted(text).items()
+        if where[0].startswith(family) and where[2].endswith(" 16")
+    }
+    assert len(pieces) > 2 and all(number == least for _, number, least in pieces.values()), pieces

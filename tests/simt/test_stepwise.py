@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from emulated_layer import CHUNK_BYTES, emulated_device, stepwise_module
+from emulated_layer import (
+    BIG,
+    CHUNK_BYTES,
+    CHUNK_CASES,
+    LARGE_CASES,
+    STEP_CASES,
+    emulated,
+    emulated_device,
+    stepwise_module,
+)
 from torch import Tensor
 
 from lstm_ext.layer import eager
@@ -20,55 +29,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import cases
 import internals
-from cases import CASES, LOW, OPTIONS, Case, Layer, check, with_strides
+from cases import CASES, LOW, OPTIONS, Case, Layer, check
 from judge import EPS, relative_error
 
 pytestmark = pytest.mark.tools
-
-
-def emulated(
-    layer: Layer, dtype: torch.dtype, tf32: bool = False, kernel: str = "stepwise"
-) -> dict[str, Tensor]:
-    """Results and gradients of the emulated layer."""
-    case = layer.case
-
-    def stored(t: Tensor | None) -> Tensor | None:
-        return t if t is None else with_strides(t, "dense").to(dtype)
-
-    input = layer.input.to(dtype)  # keeps the strides of dense tensors
-    if case.strides != "dense":
-        input = with_strides(input.contiguous(), case.strides)
-    grads = [stored(g) for g in layer.grads] + [None] * (5 - len(layer.grads))
-    if grads[0] is not None and case.strides != "dense":
-        grads[0] = with_strides(grads[0].contiguous(), case.strides)
-    learned = [stored(t) for t in layer.learned()]
-    if "float32" in (case.norm, case.peephole) and dtype != torch.float64:
-        learned[2:] = [t.float() for t in (*layer.norm, *layer.peephole)]
-    weights = [w.to(dtype) for w in layer.weights]
-    options = layer.options(dtype, learned) or internals.LayerOptions()
-    options = stepwise_module().LayerOptions(**options.as_keywords())
-    call = (input, stored(layer.h0), stored(layer.c0), weights, layer.batch_sizes)
-    call = (*call, case.bias, case.bidirectional, options)
-    needs_grad = layer.needs_grad + [False] * (0 if learned else 2)
-    with emulated_device(tf32, case.chunk_bytes, kernel) as module:
-        *results, saved = module.lstm_layer_forward(*call, True)
-        *inferred, nothing = module.lstm_layer_forward(*call, False)
-        assert nothing is None
-        results, inferred = ([t for t in ts if t is not None] for ts in (results, inferred))
-        for a, b in zip(results, inferred, strict=True):
-            assert torch.equal(a, b), "inference and training differ"
-        assert case.recompute or saved[0].dtype == dtype
-        before = [t if t is None else t.clone() for t in saved]
-        computed = module.lstm_layer_backward(*call, *grads, results[0], saved, needs_grad)
-    assert all(t is None or torch.equal(t, b) for t, b in zip(saved, before, strict=True)), (
-        "saved tensors were changed"
-    )
-    assert [g is not None for g in computed] == needs_grad
-    assert {g.dtype for g in computed[: 3 + len(weights)] if g is not None} <= {dtype}
-    for t, g in zip(learned[2:], computed[5 + len(weights) :], strict=True):
-        assert g is None or g.dtype == t.dtype
-    values = [*results, *[g.to(dtype) for g in computed if g is not None]]
-    return dict(zip(layer.names(), values, strict=True))
 
 
 def wide(name: str) -> Case:
@@ -122,43 +86,6 @@ def test_one_product_of_both_directions(name, dtype):
     check(case, dtype, 20 if dtype in LOW else 6, ours=drawn, equations=True)
 
 
-# Of the kernels that do a step at once. Their tiles have 16 units, 16 or 64 rows, 256 or 128 bytes of a state, 64
-# columns of U; and rows that do not begin at multiples of 16 bytes are copied.
-STEP_CASES = {
-    name: case
-    for name, case in CASES.items()
-    if not case.proj_size and not case.norm and not case.has_cell_options()
-} | {
-    "one step, rows that begin anywhere": Case(steps=1, batch=4, hidden_size=33, input_size=7),
-    "one step, no hx": Case(steps=1, batch=20, hidden_size=16, input_size=8, hx=False, bidirectional=True),
-    "one step, packed": Case(packed=(1, 1, 1), hidden_size=24, input_size=16, bidirectional=True),
-    "one step, all": Case(steps=1, mask=True, zoneout="flags", lengths=(1, 0, 1), returned="both"),
-    "one step, resets": Case(steps=1, resets="to a state"),
-    "one step, resets to zeros, rows that begin anywhere": Case(
-        steps=1, batch=5, hidden_size=19, resets="to zeros"
-    ),
-    "one step, resets, no hx, mask": Case(
-        steps=1, hx=False, resets="to a state", mask=True, bidirectional=True
-    ),
-    "several tiles of everything": Case(steps=3, batch=17, hidden_size=72, input_size=16),
-    "many rows, packed": Case(
-        packed=(3,) * 40 + (2,) * 30 + (1,) * 10, hidden_size=40, input_size=8, bidirectional=True
-    ),
-    "a long state": Case(steps=3, batch=2, hidden_size=600, input_size=8),
-    "both directions, rows that begin anywhere, mask": Case(
-        steps=4, batch=5, hidden_size=19, bidirectional=True, mask=True, resets="to a state", zoneout="shares"
-    ),
-}
-BIG = ("several tiles of everything", "many rows, packed", "a long state")
-
-
-# Of the kernel that does all steps of a chunk, without an exchange and with one. Its tiles have 8 rows and 8, 16 or 128
-# units, and its pieces 8 or 4 numbers.
-CHUNK_CASES = {name: case for name, case in STEP_CASES.items() if max(case.packed or (case.steps,)) > 1} | {
-    "packed, more steps than a table": Case(
-        packed=(300, 257, 1), hidden_size=2, input_size=1, bidirectional=True
-    ),
-}
 AT_ONCE = [("step", name) for name in STEP_CASES] + [
     (kernel, name) for kernel in ("independent", "mailbox") for name in CHUNK_CASES
 ]
@@ -188,6 +115,13 @@ def test_steps_at_once_in_tf32(kernel, name, dtype):
     for result, e in expected.items():
         bound = max(2 * relative_error(stepwise[result], e), 4 * EPS[dtype])
         assert relative_error(ours[result], e) <= bound, result
+
+
+@pytest.mark.full
+def test_weights_that_have_no_room_in_registers():
+    (case,) = LARGE_CASES.values()
+    mailbox = functools.partial(fused, kernel="mailbox")
+    check(dataclasses.replace(case, wide_weights=True), torch.bfloat16, 1, ours=mailbox, equations=True)
 
 
 def test_launches_of_a_step():

@@ -48,16 +48,14 @@ WORK = ROOT / "build" / "mutants"
 NOT_HERE = ("csrc/torch/cuda_backend.cpp", "csrc/torch/gemm_cublas", "csrc/cuda/ptx.h", "csrc/library/")
 # Tests of tools and texts, which no line of the product could fail, or which run the same tests again.
 NO_TESTS = ("test_planted", "test_docs", "test_conftest", "test_mutants")
-EMULATED = ("test_step_kernels", "test_stepwise", "test_persistent_kernels", "test_first_use")
+EMULATED = ("test_stepwise", "test_modes", "test_first_use")
 # One test of each program that compiles the C++ files by itself: their errors are found with those of the extension.
 PROBES = (
     "tests/cpu/test_tile_engine.py::test_training_goes_the_same_way[software]",
     "tests/cuda/test_gpu_plan.py::test_older_cards_are_refused",
     "tests/contract/test_cell_header.py",
     "tests/simt/test_stepwise.py::test_values_and_gradients[float64-dense]",
-    "tests/simt/test_stepwise_kernels.py::test_right_numbers[plain-fifo]",
-    "tests/simt/test_step_kernels.py::test_right_numbers[plain-fifo]",
-    "tests/simt/test_persistent_kernels.py::test_right_numbers[bfloat16-late]",
+    "tests/simt/test_modes.py::test_the_same_bits",
     "tests/simt/test_first_use.py::test_it_is_right[all]",
 )
 JOBS = 2
