@@ -74,23 +74,12 @@ __attribute__((no_sanitize("thread"))) T atomic_change(T* address, Change change
 inline void __syncthreads(LSTM_SITE_ONLY_PARAMETERS) { simt::syncthreads(LSTM_SITE_ONLY); }
 inline void __syncwarp(unsigned mask = 0xffffffffu LSTM_SITE_PARAMETERS) { simt::syncwarp(mask LSTM_SITE); }
 template <typename T>
-T __shfl_sync(unsigned mask, T value, int lane, int width = 32 LSTM_SITE_PARAMETERS) {
-  return simt::shuffle_value(simt::Shuffle::Index, mask, value, static_cast<uint32_t>(lane), width LSTM_SITE);
-}
-template <typename T>
-T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32 LSTM_SITE_PARAMETERS) {
-  return simt::shuffle_value(simt::Shuffle::Up, mask, value, delta, width LSTM_SITE);
-}
-template <typename T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32 LSTM_SITE_PARAMETERS) {
   return simt::shuffle_value(simt::Shuffle::Down, mask, value, delta, width LSTM_SITE);
 }
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32 LSTM_SITE_PARAMETERS) {
   return simt::shuffle_value(simt::Shuffle::Xor, mask, value, static_cast<uint32_t>(lanes), width LSTM_SITE);
-}
-inline unsigned __ballot_sync(unsigned mask, int predicate LSTM_SITE_PARAMETERS) {
-  return simt::ballot(mask, predicate != 0 LSTM_SITE);
 }
 inline int __any_sync(unsigned mask, int predicate LSTM_SITE_PARAMETERS) {
   return simt::ballot(mask, predicate != 0 LSTM_SITE) != 0;
@@ -109,42 +98,17 @@ template <typename T>
 T atomicExch(T* address, std::common_type_t<T> value LSTM_SITE_PARAMETERS) {
   return simt::atomic_change(address, [=](T) { return value; } LSTM_SITE);
 }
-template <typename T>
-T atomicMax(T* address, std::common_type_t<T> value LSTM_SITE_PARAMETERS) {
-  return simt::atomic_change(address, [=](T before) { return before < value ? value : before; } LSTM_SITE);
-}
-template <typename T>
-T atomicCAS(T* address, std::common_type_t<T> expected, std::common_type_t<T> value LSTM_SITE_PARAMETERS) {
-  return simt::atomic_change(address, [=](T before) { return before == expected ? value : before; } LSTM_SITE);
-}
 inline void __threadfence(LSTM_SITE_ONLY_PARAMETERS) { simt::thread_fence(LSTM_SITE_ONLY); }
 inline void __threadfence_system(LSTM_SITE_ONLY_PARAMETERS) { simt::thread_fence(LSTM_SITE_ONLY); }
-template <typename T>
-T __ldg(const T* address LSTM_SITE_PARAMETERS) {
-  simt::before_read_only_load(address, sizeof(T) LSTM_SITE);
-  return *address;
-}
-// Through the second-level cache: an ordinary access, as far as order goes.
-template <typename T>
-T __ldcg(const T* address) {
-  return *address;
-}
 
-// ---- arithmetic that CUDA has and C++ lacks; the fast forms are exact here
+// ---- arithmetic that CUDA has and C++ lacks
 
-inline float __expf(float x) { return std::exp(x); }
 inline float __int_as_float(int x) {
   float value;
   std::memcpy(&value, &x, sizeof value);
   return value;
 }
-inline int __float_as_int(float x) {
-  int bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
 inline float __uint_as_float(unsigned x) { return __int_as_float(static_cast<int>(x)); }
-inline unsigned __float_as_uint(float x) { return static_cast<unsigned>(__float_as_int(x)); }
 
 namespace lstm_ext::cuda {
 

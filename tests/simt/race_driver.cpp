@@ -82,7 +82,7 @@ LSTM_KERNEL blocks_on_each_other(Data d) {
 }
 LSTM_KERNEL atomics_together(Data d) {
   atomicAdd(d.words, 1u);
-  atomicMax(d.words, me());
+  atomicExch(d.words, me());
 }
 LSTM_KERNEL atomic_beside_plain(Data d) {
   if (blockIdx.x == 0) {
@@ -149,12 +149,17 @@ LSTM_KERNEL counting(Data d) {
   checks::expect(sum == gridDim.x, "all blocks have counted");
 }
 
-LSTM_KERNEL constants_read_only(Data d) { d.words[me() + blockIdx.x * 64] = __ldg(d.constants + me()); }
+// As nvcc's PTX has it.
+uint32_t read_only(const uint32_t* word) {
+  simt::before_read_only_load(word, sizeof *word, __FILE__, __LINE__);
+  return *word;
+}
+LSTM_KERNEL constants_read_only(Data d) { d.words[me() + blockIdx.x * 64] = read_only(d.constants + me()); }
 LSTM_KERNEL own_data_read_only(Data d) {
   if (blockIdx.x > 0) return;
   d.words[me()] = 1;
   __syncthreads();
-  d.words[me()] = __ldg(d.words + me());
+  d.words[me()] = read_only(d.words + me());
 }
 
 // ---- asynchronous copies

@@ -86,9 +86,9 @@ LSTM_KERNEL waits_for_another_block(Words w) {
 LSTM_KERNEL own_lane_not_in_mask(Words) { __syncwarp(0x0000ffffu); }
 LSTM_KERNEL mask_with_lane_that_left(Words) {
   if (threadIdx.x == 31) return;
-  __shfl_sync(kAll, 1, 0);
+  __shfl_xor_sync(kAll, 1, 1);
 }
-LSTM_KERNEL mask_beyond_the_block(Words) { __ballot_sync(kAll, 1); }
+LSTM_KERNEL mask_beyond_the_block(Words) { __any_sync(kAll, 1); }
 LSTM_KERNEL leaving_while_lanes_wait(Words) {
   if (threadIdx.x < 31) __syncwarp();
 }
@@ -96,13 +96,13 @@ LSTM_KERNEL two_collectives_at_once(Words) {
   if (threadIdx.x < 16) {
     __syncwarp();
   } else {
-    __ballot_sync(kAll, 1);
+    __any_sync(kAll, 1);
   }
 }
 LSTM_KERNEL lane_outside_mask(Words) {
-  if (threadIdx.x < 16) __shfl_sync(0x0000ffffu, 1, 20);
+  if (threadIdx.x < 16) __shfl_xor_sync(0x0000ffffu, 1, 16);
 }
-LSTM_KERNEL odd_shuffle_width(Words) { __shfl_sync(kAll, 1, 0, 5); }
+LSTM_KERNEL odd_shuffle_width(Words) { __shfl_xor_sync(kAll, 1, 1, 5); }
 
 // ---- tensor cores and copies
 

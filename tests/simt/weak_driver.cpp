@@ -153,7 +153,7 @@ LSTM_KERNEL counting(Litmus s) {
 LSTM_KERNEL reading_by_an_atomic(Litmus s) {
   if (is(0)) store_relaxed(s.x, 1);
   if (is(1)) {
-    while (atomicMax(s.x, 0u) == 0) load_relaxed(s.y);
+    while (atomicAdd(s.x, 0u) == 0) load_relaxed(s.y);
     s.results[0] = load_relaxed(s.x);
   }
 }

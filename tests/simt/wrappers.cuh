@@ -70,7 +70,10 @@ LSTM_DEVICE uint32_t operand(const Arguments& s, int n) {
   constexpr uint32_t kOne = format == Format::F16 ? 0x3c00u : 0x3f80u;
   constexpr uint32_t kTwo = 0x4000u;
   const uint32_t bits = s.in[32 * n + lane()] >> 13;
-  if (format == Format::TF32) return __float_as_uint(static_cast<float>(bits % 7));
+  if (format == Format::TF32) {
+    const auto number = static_cast<float>(bits % 7);
+    return reinterpret_cast<const uint32_t&>(number);
+  }
   return (bits & 1 ? kOne : kTwo) | (bits & 2 ? kOne : kTwo) << 16;
 }
 template <Format format>
