@@ -165,7 +165,7 @@ cuda-build: $(CUDA_INSTALLED)
 # The tests of threads, and those of the layers that need few packages, under a Python without the GIL. The extension is
 # installed there. torch may bring CUDA's libraries, 5 GB.
 FREE_TESTS := nn/test_races.py cpu/test_threads.py nn/test_forward.py nn/test_cell.py nn/test_streaming.py \
-  nn/test_frozen.py nn/test_convert.py nn/test_torch_lstm.py call/test_errors.py layer/test_ops.py
+  nn/test_frozen.py nn/test_convert.py nn/test_torch_lstm.py matrix/test_faults.py layer/test_ops.py
 free-threaded: $(FREE_INSTALLED)
 	@mkdir -p build/free
 	cd build/free && $(FREE_PY) -m pytest $(PYTEST_OPTIONS) -c ../../pyproject.toml $(FREE_TESTS:%=../../tests/%) $(ARGS)

@@ -1,4 +1,4 @@
-"""The arguments of the options: defaults that change nothing, and errors that name what is wrong."""
+"""The options: defaults that change nothing, attributes, parameters, random masks. Errors are in matrix/faults.py."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_ext
 from lstm_ext.layer.layer_call import OPTION_NAMES
@@ -26,10 +26,6 @@ OPTIONS = {
     "forget_bias": 1.5,
     "recompute": True,
 }
-
-
-def zeros(*shape: int, **kwargs) -> Tensor:
-    return torch.zeros(*shape, **kwargs)
 
 
 # The constructor
@@ -73,38 +69,6 @@ def test_each_row_is_where_users_look():
     assert lstm_ext.LSTM.zoneout.__doc__ == OPTIONS_TABLE["zoneout"].text
 
 
-def layer_with(**options):
-    return lstm_ext.LSTM(I, H, **options)
-
-
-def function_with(**options):
-    return lstm_ext.functional.lstm(zeros(T, B, I), None, list(lstm_ext.LSTM(I, H).parameters()), **options)
-
-
-@pytest.mark.parametrize(
-    ("function", "name", "near"),
-    [
-        (lambda **options: lstm_ext.LSTM(I, H, **options), "zoneot", "zoneout"),
-        (lambda **options: lstm_ext.LSTM(I, H, **options), "hiden_size", "hidden_size"),
-        (
-            lambda **options: lstm_ext.functional.lstm(zeros(T, B, I), None, [], **options),
-            "length",
-            "lengths",
-        ),
-        (
-            lambda **options: lstm_ext.functional.lstm(zeros(T, B, I), None, [], **options),
-            "norm_weight",
-            "norm_weights",
-        ),
-        (lambda **options: lstm_ext.functional.lstm(zeros(T, B, I), None, [], **options), "forget_bias", ""),
-    ],
-)
-def test_an_unknown_option_names_the_nearest(function, name, near):
-    text = f"unexpected keyword argument '{name}'" + (f"; did you mean '{near}'" if near else "")
-    with pytest.raises(TypeError, match=text):
-        function(**{name: 1})
-
-
 def test_states_from_before_the_options_were_a_table():
     module = lstm_ext.LSTM(I, H, zoneout=(0.1, 0.2), peephole=True)
     state = {**module.__getstate__(), "zoneout": (0.1, 0.2), "peephole": True}
@@ -123,31 +87,6 @@ def test_a_layer_of_torch_whose_attribute_would_become_an_option():
     with pytest.raises(TypeError, match="zoneout is an option of our layer"):
         lstm_ext.convert(module)
     assert type(module[0]) is nn.LSTM and module[0].zoneout == "mine"
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "text"),
-    [
-        ({"recurrent_dropout": 1.5}, ValueError, r"recurrent_dropout.* range \[0, 1\], got 1.5"),
-        ({"recurrent_dropout": True}, ValueError, "recurrent_dropout.* got True"),
-        ({"weight_dropout": 1.5}, ValueError, r"weight_dropout.* range \[0, 1\], got 1.5"),
-        ({"recurrent_dropout": None}, ValueError, "recurrent_dropout.* got None"),
-        ({"recurrent_dropout": float("nan")}, ValueError, "recurrent_dropout.* got nan"),
-        ({"zoneout": -0.1}, ValueError, r"zoneout should be a number in range \[0, 1\], got -0.1"),
-        ({"zoneout": (0.1, 2)}, ValueError, r"zoneout\[1\] \(for c\).* got 2"),
-        ({"zoneout": ("a", 0)}, ValueError, r"zoneout\[0\] \(for h\).* got 'a'"),
-        ({"zoneout": (0.1, 0.1, 0.1)}, ValueError, r"zoneout.* a pair of numbers.* got \(0.1, 0.1, 0.1\)"),
-        ({"layer_norm": 1}, TypeError, "layer_norm should be a bool, got 1"),
-        ({"recompute": None}, TypeError, "recompute should be a bool, got None"),
-        ({"forget_bias": "1"}, ValueError, "forget_bias should be a finite number or None, got '1'"),
-        ({"forget_bias": float("inf")}, ValueError, "forget_bias.* got inf"),
-        ({"forget_bias": 1.0, "bias": False}, ValueError, "forget_bias needs .* biases, got bias=False"),
-    ],
-    ids=str,
-)
-def test_wrong_options(options, error, text):
-    with pytest.raises(error, match=text):
-        lstm_ext.LSTM(I, H, **options)
 
 
 def test_options_at_their_defaults_change_nothing():
@@ -377,245 +316,7 @@ def test_step():
         torch.testing.assert_close(y, outputs[0][0])
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"dropout": 0.5},
-        {"recurrent_dropout": 0.5},
-        {"weight_dropout": 0.5},
-        {"zoneout": 0.5},
-        {"zoneout": (0, 0.5)},
-    ],
-    ids=str,
-)
-def test_step_in_training(options):
-    module = lstm_ext.LSTM(I, H, 2, **options)
-    with pytest.raises(RuntimeError, match=rf"LSTM.step: .* training mode with {next(iter(options))} > 0"):
-        module.step(zeros(B, I))
-    module.eval().step(zeros(B, I))
-
-
-def test_step_refuses():
-    with pytest.raises(RuntimeError, match="bidirectional"):
-        lstm_ext.LSTM(I, H, bidirectional=True, layer_norm=True).step(zeros(B, I))
-    module = lstm_ext.LSTM(I, H, layer_norm=True)
-    with pytest.raises(TypeError, match=r"LSTM\.step: expected x_t to be a Tensor, got list"):
-        module.step([0.0])
-    with pytest.raises(ValueError, match="x_t to be 1D or 2D, got 3D"):
-        module.step(zeros(1, B, I))
-    with pytest.raises(RuntimeError, match="input_size"):
-        module.step(zeros(B, I + 1))
-
-
-# A call
-
-PACKED = pack_padded_sequence(zeros(T, B, I), [5, 3, 2])
-ROWS = PACKED.data.size(0)
-
-
-def packed_like(rows: Tensor, batch_sizes: Tensor = PACKED.batch_sizes, order: Tensor | None = None):
-    return PackedSequence(rows, batch_sizes, order, None if order is None else torch.argsort(order))
-
-
-BAD = [
-    ({"lengths": "abc"}, TypeError, "lengths: expected a list of integers or a Tensor, got str"),
-    ({"lengths": 3}, TypeError, "lengths: .* got int"),
-    ({"lengths": [1.0, 2, 3]}, TypeError, "lengths: expected integers, got float"),
-    ({"lengths": [True, 2, 3]}, TypeError, "lengths: expected integers, got bool"),
-    ({"lengths": [1, 2]}, ValueError, "lengths: expected 3 numbers, one a sequence, got 2"),
-    ({"lengths": [1, 2, 6]}, ValueError, "lengths: .* from 0 to 5, .* got 6 for sequence 2"),
-    ({"lengths": [1, -1, 3]}, ValueError, "lengths: .* from 0 to 5, .* got -1 for sequence 1"),
-    ({"lengths": torch.tensor([1, 6, 3])}, ValueError, "lengths: .* got 6 for sequence 1"),
-    ({"lengths": torch.tensor([1, 2, -3])}, ValueError, "lengths: .* got -3 for sequence 2"),
-    ({"lengths": zeros(3)}, ValueError, "lengths: expected an integer dtype, got torch.float32"),
-    ({"lengths": zeros(3).bool()}, ValueError, "lengths: expected an integer dtype, got torch.bool"),
-    ({"lengths": zeros(3, 1).long()}, ValueError, r"lengths: expected shape \(3,\).* got \(3, 1\)"),
-    (
-        {"lengths": zeros(3, device="meta").long()},
-        ValueError,
-        "lengths: expected a device with numbers.* got meta",
-    ),
-    (
-        {"mask": zeros(5, 3, device="meta").bool()},
-        ValueError,
-        "mask: expected a device with numbers.* got meta",
-    ),
-    ({"mask": [True] * 5}, TypeError, "mask: expected a Tensor, got list"),
-    (
-        {"mask": zeros(5, 2).bool()},
-        ValueError,
-        r"mask: expected shape \(5, 3\) or \(5, 3, 1\).* got \(5, 2\)",
-    ),
-    ({"mask": zeros(5, 3)}, ValueError, "mask: expected dtype torch.bool, got torch.float32"),
-    (
-        {"mask": zeros(5, 3).bool(), "lengths": [1, 2, 3]},
-        ValueError,
-        "^mask: expected without lengths, got both$",
-    ),
-    ({"resets": [1] * 5}, TypeError, "resets: expected a Tensor, got list"),
-    ({"resets": packed_like(zeros(ROWS))}, TypeError, "resets: expected a Tensor, .* got PackedSequence"),
-    ({"resets": zeros(3, 5)}, ValueError, r"resets: expected shape \(5, 3\) or \(5, 3, 1\).* got \(3, 5\)"),
-    ({"resets": zeros(5, 3, 2)}, ValueError, r"resets: .* got \(5, 3, 2\)"),
-    ({"resets": zeros(5, 3).long()}, ValueError, "resets: expected dtype torch.bool, or .* got torch.int64"),
-    ({"resets": zeros(5, 3) + 0.5}, ValueError, "resets: expected the values 0 and 1, got 0.5"),
-    ({"resets": zeros(5, 3) * float("nan")}, ValueError, "resets: expected the values 0 and 1, got nan"),
-    ({"resets": zeros(5, 3, device="meta")}, ValueError, "resets: expected device cpu as input, got meta"),
-    ({"reset_state": (zeros(1, 3, H),) * 2}, ValueError, "reset_state: expected together with resets"),
-    ({"return_gates": 1}, TypeError, "return_gates should be a bool, got 1"),
-    ({"return_gates": None}, TypeError, "return_gates should be a bool, got None"),
-    ({"return_cell_states": 0}, TypeError, "return_cell_states should be a bool, got 0"),
-    ({"return_cell_states": "yes"}, TypeError, "return_cell_states should be a bool, got 'yes'"),
-]
-STATE = zeros(1, B, H)
-BAD_STATES = [
-    (STATE, TypeError, r"reset_state: expected a tuple of two Tensors \(h, c\), got Tensor"),
-    ((STATE,), TypeError, r"reset_state: .* got tuple of \(Tensor\)"),
-    ((STATE, None), TypeError, r"reset_state: .* got tuple of \(Tensor, NoneType\)"),
-    ((STATE, zeros(1, B, H + 1)), ValueError, r"reset_state\[1\] \(c\): .*\(1, 3, 6\).* got \(1, 3, 7\)"),
-    ((zeros(2, B, H), STATE), ValueError, r"reset_state\[0\] \(h\): .*\(1, 3, 6\).* got \(2, 3, 6\)"),
-    ((STATE[0], STATE), ValueError, r"reset_state\[0\] \(h\): .* got \(3, 6\)"),
-    ((STATE, STATE.double()), ValueError, r"reset_state\[1\] .* dtype torch.float32 .* got torch.float64"),
-    ((STATE.to("meta"), STATE), ValueError, r"reset_state\[0\] .* device cpu as input, got meta"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "error", "text"), BAD, ids=[text for _, _, text in BAD])
-def test_wrong_arguments(arguments, error, text):
-    with pytest.raises(error, match=text):
-        lstm_ext.LSTM(I, H)(zeros(T, B, I), **arguments)
-
-
-def test_wrong_shapes_batch_first():
-    module = lstm_ext.LSTM(I, H, batch_first=True)
-    for name, dtype in (("mask", torch.bool), ("resets", torch.float32)):
-        with pytest.raises(ValueError, match=rf"{name}: expected shape \(3, 5\) or .* got \(5, 3\)"):
-            module(zeros(B, T, I), **{name: zeros(T, B, dtype=dtype)})
-
-
-@pytest.mark.parametrize(("state", "error", "text"), BAD_STATES, ids=[text for _, _, text in BAD_STATES])
-def test_wrong_reset_state(state, error, text):
-    with pytest.raises(error, match=text):
-        lstm_ext.LSTM(I, H)(zeros(T, B, I), resets=zeros(T, B), reset_state=state)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "text"),
-    [
-        ({"lengths": [5, 3, 2]}, ValueError, "lengths: expected None for a PackedSequence.* got list"),
-        ({"mask": zeros(T, B).bool()}, ValueError, r"mask: expected None for a PackedSequence.*\(5, 3\)"),
-        ({"resets": zeros(T, B)}, TypeError, "resets: expected a PackedSequence, .* got a Tensor"),
-        (
-            {"resets": packed_like(zeros(ROWS - 1))},
-            ValueError,
-            r"resets: expected data of shape \(10,\) or \(10, 1\).* got \(9,\)",
-        ),
-        (
-            {"resets": packed_like(zeros(ROWS), torch.tensor([3, 3, 2, 2]))},
-            ValueError,
-            r"resets: expected the batch_sizes of the input, \[3, 3, 2, 1, 1\], got \[3, 3, 2, 2\]",
-        ),
-        (
-            {"resets": packed_like(zeros(ROWS), order=torch.tensor([1, 0, 2]))},
-            ValueError,
-            r"resets: expected the sorted_indices of the input, \[0, 1, 2\], got \[1, 0, 2\]",
-        ),
-        ({"resets": packed_like(zeros(ROWS) + 2)}, ValueError, "resets: expected the values 0 and 1, got 2"),
-    ],
-    ids=str,
-)
-def test_wrong_arguments_with_packed_input(arguments, error, text):
-    with pytest.raises(error, match=text):
-        lstm_ext.LSTM(I, H)(PACKED, **arguments)
-
-
-def test_unbatched():
-    module = lstm_ext.LSTM(I, H)
-    x = zeros(T, I)
-    for arguments, text in (
-        ({"lengths": [5, 5]}, "lengths: expected 1 numbers"),
-        ({"lengths": 6}, "lengths: .* got 6"),
-        ({"resets": zeros(T, 2)}, r"resets: expected shape \(5,\) or \(5, 1\)"),
-        ({"mask": zeros(T - 1).bool()}, r"mask: expected shape \(5,\)"),
-        (
-            {"resets": zeros(T), "reset_state": (STATE, STATE)},
-            r"reset_state\[0\] \(h\): expected shape \(1, 6\)",
-        ),
-    ):
-        with pytest.raises(ValueError, match=text):
-            module(x, **arguments)
-
-
-def test_errors_of_the_plain_layer_stay():
-    """With an extra, the other arguments are checked as without."""
-    theirs = nn.LSTM(I, H)
-    module = lstm_ext.LSTM(I, H)
-    for args in (
-        (zeros(()),),
-        (zeros(T, B, I + 1),),
-        (zeros(T, B, I).double(),),
-        (zeros(0, B, I),),
-        (zeros(T, B, I), (zeros(1, 2, H), STATE)),
-        (zeros(T, B, I), (zeros(B, H), zeros(B, H))),
-        (zeros(T, I), (STATE, STATE)),
-        (zeros(T, B, I, device="meta"),),
-    ):
-        errors = []
-        for call in (lambda a=args: theirs(*a), lambda a=args: module(*a, return_gates=True)):
-            with pytest.raises(Exception) as caught:
-                call()
-            errors.append((caught.type, str(caught.value)))
-        assert errors[0] == errors[1]
-    with pytest.raises(TypeError, match="expected input to be a Tensor or PackedSequence, got list"):
-        module([1.0], return_gates=True)
-    with pytest.raises(TypeError, match="expected hx to be a tuple of two Tensors"):
-        module(zeros(T, B, I), STATE, return_gates=True)
-
-
-def test_stateless_function():
-    weights = [p.detach() for p in nn.LSTM(I, H).parameters()]
-    norm = [zeros(4 * H), zeros(4 * H), zeros(H), zeros(H)]
-    x = zeros(T, B, I)
-    for arguments, error, text in (
-        ({"norm_weights": norm[:3]}, ValueError, r"norm_weights: expected 4 tensors \(gain_ih.* got 3"),
-        ({"norm_weights": zeros(4)}, TypeError, "norm_weights: expected None or a flat sequence of Tensors"),
-        (
-            {"norm_weights": [*norm[:3], zeros(1)]},
-            ValueError,
-            r"norm_weights\[3\] \(bias_c\).*\(6,\), got \(1,\)",
-        ),
-        (
-            {"norm_weights": [n.double() for n in norm]},
-            ValueError,
-            r"norm_weights\[0\] \(gain_ih\): expected dtype torch.float32 as input, got torch.float64",
-        ),
-        ({"zoneout": 2}, ValueError, "zoneout.* got 2"),
-        ({"recurrent_dropout": None}, ValueError, "recurrent_dropout.* got None"),
-        ({"recompute": 1}, TypeError, "recompute should be a bool, got 1"),
-        ({"lengths": [9, 9, 9]}, ValueError, "lengths: .* got 9"),
-        ({"resets": zeros(1)}, ValueError, "resets: expected shape"),
-    ):
-        with pytest.raises(error, match=text):
-            lstm_ext.functional.lstm(x, None, weights, **arguments)
-    with pytest.raises(RuntimeError, match="sequence length to be larger than 0"):
-        lstm_ext.functional.lstm(x[:0], None, weights, return_gates=True)
-
-
-def test_resets_packed_for_more_sequences_than_there_are():
-    packed = pack_padded_sequence(zeros(T, 1, I), [T])
-    resets = PackedSequence(zeros(T), packed.batch_sizes, torch.arange(2), torch.arange(2))
-    with pytest.raises(
-        ValueError, match=r"resets: expected the sorted_indices of the input, .* shape \(1,\), got"
-    ):
-        lstm_ext.LSTM(I, H)(packed, resets=resets)
-
-
-@pytest.mark.parametrize("name", ["weight_hh_l0", "bias_hh_l0", "ln_gain_hh_l0", "ln_bias_c_l0"])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_weight_that_is_none(name, recompute):
-    module = lstm_ext.LSTM(I, H, layer_norm=True, recompute=recompute)
-    setattr(module, name, None)
-    with pytest.raises(TypeError, match=f"{name} is None" if "ln_" in name else "one of the weights is None"):
-        module(zeros(T, B, I))
+# The default device
 
 
 @pytest.mark.devices("cpu")

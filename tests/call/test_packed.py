@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import cases
@@ -12,10 +11,8 @@ from cases import Case, assert_module_as_accurate_as_torch, check
 from devices import pack_sequence
 from judge import assert_as_accurate_as_torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
 import lstm_ext
-from lstm_ext import reference
 from lstm_ext.layer import route
 from lstm_ext.native import loader
 
@@ -131,90 +128,6 @@ def test_one_kernel_call_a_layer(monkeypatch):
         output.data.sum().backward()
     names = [event.name for event in profile.function_events]
     assert names.count("lstm_ext::lstm_layer_backward") == 3
-
-
-def packed_of(batch_sizes: list[int], **fields) -> PackedSequence:
-    return PackedSequence(torch.randn(7, 3), torch.tensor(batch_sizes, device="cpu"), **fields)
-
-
-@pytest.mark.parametrize(
-    ("batch_sizes", "message"),
-    [
-        ([3, 2, 1], "sum of batch_sizes is 6, expected the number of rows of the input, 7"),
-        ([3, 3, 2], "sum of batch_sizes is more than the 7 rows"),
-        ([2, 3, 2], "batch_sizes[1] is 3, more than the 2 before it"),
-        ([5, 2, 0], "batch_sizes[2] is 0, expected at least 1"),
-        ([7, 0], "batch_sizes[1] is 0"),
-        ([9, -2], "more than the 7 rows"),
-    ],
-)
-@pytest.mark.parametrize("gradient", [False, True])
-def test_bad_batch_sizes(batch_sizes, message, gradient):
-    module = lstm_ext.LSTM(3, 4).requires_grad_(gradient)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        module(packed_of(batch_sizes))
-    with pytest.raises(ValueError, match="batch_sizes"):
-        reference.lstm(packed_of(batch_sizes), None, list(module.parameters()))
-
-
-def test_other_bad_fields():
-    module = lstm_ext.LSTM(3, 4)
-    for dtype in (torch.int32, torch.float32):
-        with pytest.raises(TypeError, match=r"batch_sizes: expected one dimension of int64"):
-            module(PackedSequence(torch.randn(7, 3), torch.tensor([3, 2, 2], dtype=dtype, device="cpu")))
-    with pytest.raises(ValueError, match="batch_sizes: expected at least one time step"):
-        module(PackedSequence(torch.randn(0, 3), torch.tensor([], dtype=torch.int64, device="cpu")))
-    with pytest.raises(ValueError, match=r"sorted_indices: expected shape \(3,\)"):
-        module(packed_of([3, 2, 2], sorted_indices=torch.tensor([0, 1])))
-
-
-@pytest.mark.devices("cpu")  # numbers on a device are not read
-def test_indices_that_do_not_undo_each_other():
-    module = lstm_ext.LSTM(3, 4)
-    for sorted_indices, unsorted_indices in (
-        ([0, 1, 1], [0, 1, 2]),
-        ([1, 2, 0], [1, 2, 0]),
-        ([0, 1, 5], [0, 1, 5]),
-    ):
-        with pytest.raises(ValueError, match=r"permutations of 0 \.\.\. 2 that undo each other"):
-            module(
-                packed_of(
-                    [3, 2, 2],
-                    sorted_indices=torch.tensor(sorted_indices),
-                    unsorted_indices=torch.tensor(unsorted_indices),
-                )
-            )
-
-
-@pytest.mark.parametrize(
-    "hx_sizes",
-    [
-        ((1, 4, 4), (1, 4, 4)),
-        ((1, 2, 4), (1, 2, 4)),
-        ((1, 3, 5), (1, 3, 4)),
-        ((3, 4), (3, 4)),
-        ((2, 3, 4), (2, 3, 4)),
-    ],
-)
-@pytest.mark.parametrize("indices", [None, [2, 0, 1]])
-def test_bad_hx(hx_sizes, indices):
-    """Also more rows than sequences, of which torch silently drops some."""
-    module = lstm_ext.LSTM(3, 4)
-    packed = packed_of([3, 2, 2], sorted_indices=None if indices is None else torch.tensor(indices))
-    with pytest.raises(RuntimeError, match=r"Expected hidden\[\d\] size \(1, 3, 4\), got"):
-        module(packed, tuple(torch.randn(size) for size in hx_sizes))
-    module(packed)
-
-
-def test_wrong_data():
-    """Where torch speaks of the shapes of a product inside."""
-    batch_sizes = torch.tensor([3, 2, 2], device="cpu")
-    with pytest.raises(RuntimeError, match=r"must be equal to input_size. Expected 3, got 4"):
-        lstm_ext.LSTM(3, 4)(PackedSequence(torch.randn(7, 4), batch_sizes))
-    with pytest.raises(ValueError, match=r"input dtype \(torch.float64\) does not match weight dtype"):
-        lstm_ext.LSTM(3, 4)(PackedSequence(torch.randn(7, 3).double(), batch_sizes))
-    with pytest.raises(RuntimeError, match="input must have 2 dimensions, got 3"):
-        lstm_ext.LSTM(3, 4)(PackedSequence(torch.randn(7, 3, 1), batch_sizes))
 
 
 def test_long_and_narrow():

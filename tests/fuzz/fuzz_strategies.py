@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from fuzz_errors import PACKED_FAULTS, TENSOR_FAULTS, Broken
-from fuzz_option_errors import NORM, Refused, faults_of
 from hypothesis import strategies as st
 from matrix.cases import (
     CAPABILITIES,
@@ -21,6 +19,8 @@ from matrix.cases import (
     Case,
     Options,
 )
+from matrix.faults import FAULTS
+from matrix.judge_faults import Faulty
 
 # Lists from which each entry is drawn equally often; integers() prefers the very small.
 # Around the widths of registers and tiles, and anything.
@@ -207,15 +207,16 @@ BATCHED, UNBATCHED, PACKED = ["batched"], ["unbatched"], list(PACKINGS)
 
 
 @st.composite
-def small(draw: st.DrawFn, layout: str, needs_hx: bool = False, fewest_steps: int = 1) -> Case:
+def small(draw: st.DrawFn, layout: str) -> Case:
     """A case for the checks of arguments."""
-    rows, steps = draw(st.integers(1, 4)), draw(st.integers(fewest_steps, 5))
+    rows, steps = draw(st.integers(1, 4)), draw(st.integers(1, 5))
     if layout in PACKINGS:
         ends = draw(st.lists(st.integers(1, steps), min_size=rows, max_size=rows))
         lengths = tuple(sorted(ends, reverse=True) if layout in SORTED_PACKINGS else ends)
     else:
         lengths = (steps,) * (1 if layout == "unbatched" else rows)
-    hidden_size = draw(st.integers(1, 9))
+    hidden_size, bias = draw(st.integers(1, 9)), draw(st.booleans())
+    more = draw(st.one_of(st.none(), options(layout, lengths, bias)))
     return Case(
         layout=layout,
         lengths=lengths,
@@ -223,38 +224,23 @@ def small(draw: st.DrawFn, layout: str, needs_hx: bool = False, fewest_steps: in
         hidden_size=hidden_size,
         proj_size=draw(st.one_of(st.just(0), st.integers(0, hidden_size - 1))),
         num_layers=draw(st.integers(1, 2)),
-        bias=draw(st.booleans()),
+        bias=bias,
         batch_first=draw(st.booleans()),
         bidirectional=draw(st.booleans()),
         dtype=draw(st.sampled_from(["float32", "float64"])),
-        hx=needs_hx or draw(st.booleans()),
+        hx=draw(st.booleans()),
         mode=draw(st.sampled_from(["grad", "no_grad"])),
         capability=draw(st.sampled_from(CAPABILITIES)),
         seed=draw(st.integers(0, 1000)),
+        options=more and dataclasses.replace(more, unread=False),
     )
 
 
 @st.composite
-def broken(draw: st.DrawFn, layouts: Sequence[str]) -> Broken:
-    """A fault in the arguments that torch's layer has too; half of the time with options that leave the results."""
-    layout = draw(st.sampled_from(layouts))
-    faults = PACKED_FAULTS if layout in PACKINGS else TENSOR_FAULTS
-    fault = draw(st.sampled_from(list(faults)))
-    case = draw(small(layout, faults[fault].needs_hx))
-    if draw(st.booleans()):
-        names = draw(some(["return_cell_states", "return_gates", "recompute"]))
-        case = dataclasses.replace(case, options=Options(**dict.fromkeys(names, True)))
-    return Broken(case, fault, draw(st.integers(1, 3)), draw(st.integers(0, 19)))
-
-
-@st.composite
-def refused(draw: st.DrawFn, layouts: Sequence[str]) -> Refused:
-    """A fault in the options, among good ones."""
-    layout = draw(st.sampled_from(layouts))
-    fault = draw(st.sampled_from(faults_of(layout in PACKINGS)))
-    case = draw(small(layout, fewest_steps=2))
-    more = draw(options(layout, case.lengths, case.bias))
-    if fault in NORM:
-        more = dataclasses.replace(more, layer_norm=True, peephole=False, coupled_gates=False)
-    case = dataclasses.replace(case, options=dataclasses.replace(more, unread=False))
-    return Refused(case, fault, draw(st.integers(1, 3)), draw(st.integers(0, 59)))
+def faulty(draw: st.DrawFn, entries: Sequence[str]) -> Faulty:
+    """A row of the table of faults, on one of the entries."""
+    entry = draw(st.sampled_from(entries))
+    fault = draw(st.sampled_from([name for name, row in FAULTS.items() if getattr(row, entry)]))
+    dense = BATCHED if entry == "function" else BATCHED + UNBATCHED
+    layout = draw(st.sampled_from(PACKED if entry in ("packed", "nested", "equations") else dense))
+    return Faulty(fault, entry, draw(small(layout)), draw(st.integers(0, 59)))

@@ -1,8 +1,8 @@
 """Random layers and arguments, right and wrong, drawn and made small by hypothesis.
 
 A few hundred cases in each run; `make fuzz` runs 20,000 and says what they were. LSTM_EXT_FUZZ_CASES and
-LSTM_EXT_FUZZ_SEED change the number and the draw. What fails is printed as a call of ``check``, ``check_broken``
-or ``check_refused``.
+LSTM_EXT_FUZZ_SEED change the number and the draw. What fails is printed as a call of ``check`` or
+``check_fault``.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ import lstm_ext
 
 hypothesis = pytest.importorskip("hypothesis")
 
-from fuzz_errors import Broken, check_broken  # noqa: E402
-from fuzz_option_errors import Refused, check_refused  # noqa: E402
-from fuzz_strategies import BATCHED, PACKED, UNBATCHED, broken, cases, refused  # noqa: E402
+from fuzz_strategies import BATCHED, PACKED, UNBATCHED, cases, faulty  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 from matrix.cases import _C, Case, Options  # noqa: E402
 from matrix.judge import check, try_out  # noqa: E402
+from matrix.judge_faults import Faulty, check_fault  # noqa: E402
 from matrix.routes import NestedLSTM  # noqa: E402
 
 
@@ -35,17 +34,17 @@ def check_nested(case: Case, kind: type[nn.Module] = lstm_ext.LSTM) -> None:
     check(case, NestedLSTM if kind is lstm_ext.LSTM else kind)
 
 
-# Layouts, what to check, and its share of the cases.
+# Layouts or, of faults, entries; what to check, and its share of the cases.
 CATEGORIES: dict[str, tuple[list[str], Callable[..., Any], float]] = {
     "batched": (BATCHED, check, 0.35),
     "unbatched": (UNBATCHED, check, 0.1),
     "packed": (PACKED, check, 0.25),
     "nested": (PACKED, check_nested, 0.05),
-    "errors": (BATCHED + UNBATCHED, check_broken, 0.08),
-    "errors, packed": (PACKED, check_broken, 0.07),
-    "errors, options": (BATCHED + UNBATCHED + PACKED, check_refused, 0.1),
+    "faults": (["layer", "function"], check_fault, 0.13),
+    "faults, packed": (["packed", "nested", "equations"], check_fault, 0.07),
+    "faults, others": (["step", "cell", "constructor", "cell_constructor"], check_fault, 0.05),
 }
-STRATEGIES = {check: cases, check_nested: cases, check_broken: broken, check_refused: refused}
+STRATEGIES = {check: cases, check_nested: cases, check_fault: faulty}
 NAMES = list(CATEGORIES)
 
 FEW = 250
@@ -95,14 +94,14 @@ def run(
     """At least ``number`` different cases; for torch's layer none with options. Each ``part`` draws others."""
     layouts, judge, _ = CATEGORIES[category]
     counter = counts[category]
-    seen: set[Case | Broken | Refused] = set()
+    seen: set[Case | Faulty] = set()
 
-    def each(case: Case | Broken | Refused) -> None:
+    def each(case: Case | Faulty) -> None:
         if case in seen:  # the simplest one, in each batch
             return
         if LAST:
             Path(LAST).write_text(f"{judge.__name__}({case!r})\n")
-        result = judge(case, kind)
+        result = judge(case) if isinstance(case, Faulty) else judge(case, kind)
         seen.add(case)
         counter["cases"] += 1
         counter.update(features(case) if isinstance(case, Case) else [case.fault, f"outcome: {result}"])

@@ -100,8 +100,8 @@ def by_steps(module: Any, x: Tensor, hx: Any, resets: Any = None, reset_state: A
     return output.transpose(0, 1) if module.batch_first and output.dim() == 3 else output, hx
 
 
-def by_function(lstm: Callable[..., Any], module: Any, x: Any, hx: Any, **more: Any) -> Any:
-    """A function without a module, with the parameters of the module."""
+def function_arguments(module: Any) -> dict[str, Any]:
+    """What a function without a module takes after ``hx``, with the parameters of the module."""
     parameters = dict(module.named_parameters())
     own: dict[str, list[Tensor]] = {}
     for option in OPTIONS.values():
@@ -114,10 +114,13 @@ def by_function(lstm: Callable[..., Any], module: Any, x: Any, hx: Any, **more: 
         for name, v in module._given.items()
         if OPTIONS[name].call and OPTIONS[name].parameters is None
     }
-    return lstm(
-        x, hx, list(parameters.values()), module.bias, module.num_layers, module.dropout, module.training,
-        module.bidirectional, module.batch_first, **given, **own, **more,
-    )  # fmt: skip
+    names = ("bias", "num_layers", "dropout", "training", "bidirectional", "batch_first")
+    plain = {name: getattr(module, name) for name in names}
+    return {"weights": list(parameters.values()), **plain, **given, **own}
+
+
+def by_function(lstm: Callable[..., Any], module: Any, x: Any, hx: Any, **more: Any) -> Any:
+    return lstm(x, hx, **function_arguments(module), **more)
 
 
 def by_cells(module: Any, x: Tensor, hx: Any) -> Any:

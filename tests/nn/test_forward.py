@@ -211,24 +211,6 @@ def test_hooks_run():
     assert seen == ["before", 2, "backward"]
 
 
-def test_step_refuses():
-    x = torch.randn(4, 5)
-    with pytest.raises(RuntimeError, match="bidirectional"):
-        lstm_ext.LSTM(5, 7, bidirectional=True).step(x)
-    module = lstm_ext.LSTM(5, 7, 2, dropout=0.5)
-    with pytest.raises(RuntimeError, match="training mode with dropout"):
-        module.step(x)
-    module.eval().step(x)
-    with pytest.raises(ValueError, match="1D or 2D, got 3D"):
-        module.step(x[None])
-    with pytest.raises(TypeError, match="x_t to be a Tensor, got list"):
-        module.step([1.0])
-    with pytest.raises(RuntimeError, match="Expected 5, got 4"):
-        module.step(x[:, :4])
-    with pytest.raises(RuntimeError, match=r"Expected hidden\[0\] size \(2, 4, 7\)"):
-        module.step(x, make_hx(module, 3))
-
-
 def test_warnings_are_none():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -153,20 +153,3 @@ def test_batch_first_and_unbatched(name, device):
         (c_b[:, 0], c),
     ]:
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)
-
-
-def test_states_of_another_rank(device):
-    """torch's text speaks of an input of one more dimension than a step has."""
-    layer = lstm_ext.LSTM(3, 4, device=device)
-    row, batch = torch.randn(3, device=device), torch.randn(2, 3, device=device)
-    state = torch.zeros(1, 2, 4, device=device)
-    with pytest.raises(
-        RuntimeError, match=r"LSTM.step: .* \(num_layers, B, size\) for x_t of a batch, got \(2-D"
-    ):
-        layer.step(batch, (state[0], state[0]))
-    with pytest.raises(
-        RuntimeError, match=r"LSTM.step: .* \(num_layers, size\) for x_t of one row, got \(3-D"
-    ):
-        layer.step(row, (state, state))
-    with pytest.raises(RuntimeError, match="For batched 3-D input, hx and cx should also be 3-D"):
-        layer(batch[None], (state[0], state[0]))
