@@ -212,109 +212,44 @@ FLAX = {f"{s}{g}": {"kernel": array(I if s == "i" else H, H)} for s in "ih" for 
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (
-            lambda: lstm_ext.from_keras([W, U[:, :-1], b]),
-            ValueError,
-            "from_keras: recurrent_kernel: expected shape (H, 4 H), got (4, 15)",
-        ),
-        (
-            lambda: lstm_ext.from_keras([W[:, :-1], U, b]),
-            ValueError,
-            "from_keras: kernel: expected shape (any, 16), got (3, 15)",
-        ),
-        (
-            lambda: lstm_ext.from_keras([W, U, b[:-1]]),
-            ValueError,
-            "from_keras: bias: expected shape (16,), got (15,)",
-        ),
+        (lambda: lstm_ext.from_keras([W, U[:, :-1], b]), ValueError,
+         "from_keras: recurrent_kernel: expected shape (H, 4 H), got (4, 15)"),
+        (lambda: lstm_ext.from_keras([W[:, :-1], U, b]), ValueError,
+         "from_keras: kernel: expected shape (any, 16), got (3, 15)"),
+        (lambda: lstm_ext.from_keras([W, U, b[:-1]]), ValueError, "from_keras: bias: expected shape (16,), got (15,)"),
         (lambda: lstm_ext.from_keras([W]), ValueError, "from_keras: expected 2, 3, 4 or 6 arrays, got 1"),
-        (
-            lambda: lstm_ext.from_keras(5),
-            TypeError,
-            "from_keras: expected layers or a list of arrays, got int",
-        ),
-        (
-            lambda: lstm_ext.from_keras(["a", U, b]),
-            TypeError,
-            "from_keras: kernel: expected an array, got str",
-        ),
-        (
-            lambda: lstm_ext.from_keras([W.int(), U, b]),
-            TypeError,
-            "from_keras: kernel: expected a floating-point dtype, got torch.int32",
-        ),
-        (
-            lambda: lstm_ext.from_keras(Layer(KERAS)),
-            ValueError,
-            "expected layers of the class LSTM, got Layer",
-        ),
-        (
-            lambda: lstm_ext.from_keras(LSTM(KERAS, activation="gelu")),
-            ValueError,
-            "activation: expected one of linear, sigmoid, tanh, relu, elu, softplus, softsign, identity, "
-            "hard_sigmoid, leaky_relu, got gelu",
-        ),
-        (
-            lambda: lstm_ext.from_keras([LSTM(KERAS), LSTM([U, U, b], activation="relu")]),
-            ValueError,
-            "layers that differ in cell_activation: make a layer of each",
-        ),
-        (
-            lambda: lstm_ext.from_keras(
-                Layer(
-                    2 * KERAS,
-                    forward_layer=LSTM([]),
-                    backward_layer=LSTM([], activation="relu"),
-                    merge_mode="concat",
-                )
-            ),
-            ValueError,
-            "a Bidirectional whose layers differ in their activations",
-        ),
-        (
-            lambda: lstm_ext.from_keras(
-                Layer(
-                    2 * KERAS,
-                    forward_layer=LSTM([]),
-                    backward_layer=LSTM([], go_backwards=False),
-                    merge_mode="concat",
-                )
-            ),
-            ValueError,
-            "backward_layer: expected one with go_backwards=True",
-        ),
-        (
-            lambda: lstm_ext.to_keras(lstm_ext.LSTM(3, 4, gate_activation=("affine", 2.0, 1.0))),
-            ValueError,
-            "the LSTM of Keras has no affine",
-        ),
+        (lambda: lstm_ext.from_keras(5), TypeError, "from_keras: expected layers or a list of arrays, got int"),
+        (lambda: lstm_ext.from_keras(["a", U, b]), TypeError, "from_keras: kernel: expected an array, got str"),
+        (lambda: lstm_ext.from_keras([W.int(), U, b]), TypeError,
+         "from_keras: kernel: expected a floating-point dtype, got torch.int32"),
+        (lambda: lstm_ext.from_keras(Layer(KERAS)), ValueError, "expected layers of the class LSTM, got Layer"),
+        (lambda: lstm_ext.from_keras(LSTM(KERAS, activation="gelu")), ValueError,
+         "activation: expected one of linear, sigmoid, tanh, relu, elu, softplus, softsign, identity, "
+         "hard_sigmoid, leaky_relu, got gelu"),
+        (lambda: lstm_ext.from_keras([LSTM(KERAS), LSTM([U, U, b], activation="relu")]), ValueError,
+         "layers that differ in cell_activation: make a layer of each"),
+        (lambda: lstm_ext.from_keras(
+            Layer(2 * KERAS, forward_layer=LSTM([]), backward_layer=LSTM([], activation="relu"), merge_mode="concat")),
+         ValueError,
+         "a Bidirectional whose layers differ in their activations"),
+        (lambda: lstm_ext.from_keras(
+            Layer(2 * KERAS, forward_layer=LSTM([]), backward_layer=LSTM([], go_backwards=False), merge_mode="concat")),
+         ValueError,
+         "backward_layer: expected one with go_backwards=True"),
+        (lambda: lstm_ext.to_keras(lstm_ext.LSTM(3, 4, gate_activation=("affine", 2.0, 1.0))), ValueError,
+         "the LSTM of Keras has no affine"),
         (lambda: lstm_ext.to_keras(torch.nn.GRU(3, 4)), TypeError, "to_keras: expected an LSTM, got GRU"),
-        (
-            lambda: lstm_ext.to_keras(lstm_ext.LSTM(3, 4, peephole=True, coupled_gates=True)),
-            ValueError,
-            "to_keras: the LSTM of Keras has no peephole, coupled_gates",
-        ),
+        (lambda: lstm_ext.to_keras(lstm_ext.LSTM(3, 4, peephole=True, coupled_gates=True)), ValueError,
+         "to_keras: the LSTM of Keras has no peephole, coupled_gates"),
         (lambda: lstm_ext.to_keras(torch.nn.LSTM(3, 4, proj_size=2)), ValueError, "has no proj_size"),
-        (
-            lambda: lstm_ext.to_keras(lstm_ext.LSTM(3, 4, cell_activation=("tanh", "relu"))),
-            ValueError,
-            "has no two cell_activations",
-        ),
-        (
-            lambda: lstm_ext.from_torch_ao(torch.nn.LSTM(3, 4)),
-            TypeError,
-            "from_torch_ao: expected a torch.ao.nn.quantized.dynamic.LSTM, got LSTM",
-        ),
-        (
-            lambda: lstm_ext.from_keras(LSTM(KERAS, go_backwards=True)),
-            ValueError,
-            "go_backwards=True: this layer has not that",
-        ),
-        (
-            lambda: lstm_ext.from_keras(RNN(KERAS, cell=LSTMCell([]))),
-            ValueError,
-            "expected layers of the class LSTM, got RNN of LSTMCell: from_keras takes the get_weights() of one",
-        ),
+        (lambda: lstm_ext.to_keras(lstm_ext.LSTM(3, 4, cell_activation=("tanh", "relu"))), ValueError,
+         "has no two cell_activations"),
+        (lambda: lstm_ext.from_torch_ao(torch.nn.LSTM(3, 4)), TypeError,
+         "from_torch_ao: expected a torch.ao.nn.quantized.dynamic.LSTM, got LSTM"),
+        (lambda: lstm_ext.from_keras(LSTM(KERAS, go_backwards=True)), ValueError,
+         "go_backwards=True: this layer has not that"),
+        (lambda: lstm_ext.from_keras(RNN(KERAS, cell=LSTMCell([]))), ValueError,
+         "expected layers of the class LSTM, got RNN of LSTMCell: from_keras takes the get_weights() of one"),
         *[
             (
                 lambda path=path: lstm_ext.from_keras(path),
@@ -323,78 +258,37 @@ FLAX = {f"{s}{g}": {"kernel": array(I if s == "i" else H, H)} for s in "ih" for 
             )
             for path in ("abc", Path("abc"))
         ],
-        (
-            lambda: lstm_ext.from_keras(LSTM(KERAS), gate_activation="hard_sigmoid"),
-            ValueError,
-            "from_keras: gate_activation: expected None or that of the layer, 'sigmoid', got 'hard_sigmoid'",
-        ),
-        (
-            lambda: lstm_ext.from_keras(
-                Layer(2 * KERAS, forward_layer=LSTM([]), backward_layer=LSTM([]), merge_mode="sum")
-            ),
-            ValueError,
-            "merge_mode: expected concat, got sum",
-        ),
-        (
-            lambda: lstm_ext.from_keras([LSTM(KERAS), LSTM(KERAS)]),
-            ValueError,
-            "layer 1: expected 4 features, 4 units and 1 directions, got 3, 4 and 1",
-        ),
-        (
-            lambda: lstm_ext.from_tensorflow({"bias": b}),
-            ValueError,
-            "expected a variable named kernel, got bias",
-        ),
-        (
-            lambda: lstm_ext.from_tensorflow({"cell_0/kernel": W, "cell_1/kernel": W}),
-            ValueError,
-            "cell_1/kernel: expected the variables of one cell, got a second kernel",
-        ),
-        (
-            lambda: lstm_ext.from_tensorflow(TF | {"gamma": b}),
-            ValueError,
-            "gamma: expected variables named bias, kernel,",
-        ),
-        (
-            lambda: lstm_ext.from_tensorflow(TF | {"w_i_diag": array(H)}),
-            ValueError,
-            "expected all peepholes, got none of w_f_diag, w_o_diag",
-        ),
-        (
-            lambda: lstm_ext.from_tensorflow({"kernel": array(H, 4 * H)}),
-            ValueError,
-            "kernel: expected shape (features + H, 4 H), got (4, 16)",
-        ),
-        (
-            lambda: lstm_ext.from_jax({"Dense_0": {"kernel": W}}),
-            ValueError,
-            "one LSTM cell of Flax, Haiku or Equinox, found 0 in it",
-        ),
+        (lambda: lstm_ext.from_keras(LSTM(KERAS), gate_activation="hard_sigmoid"), ValueError,
+         "from_keras: gate_activation: expected None or that of the layer, 'sigmoid', got 'hard_sigmoid'"),
+        (lambda: lstm_ext.from_keras(
+            Layer(2 * KERAS, forward_layer=LSTM([]), backward_layer=LSTM([]), merge_mode="sum")), ValueError,
+         "merge_mode: expected concat, got sum"),
+        (lambda: lstm_ext.from_keras([LSTM(KERAS), LSTM(KERAS)]), ValueError,
+         "layer 1: expected 4 features, 4 units and 1 directions, got 3, 4 and 1"),
+        (lambda: lstm_ext.from_tensorflow({"bias": b}), ValueError, "expected a variable named kernel, got bias"),
+        (lambda: lstm_ext.from_tensorflow({"cell_0/kernel": W, "cell_1/kernel": W}), ValueError,
+         "cell_1/kernel: expected the variables of one cell, got a second kernel"),
+        (lambda: lstm_ext.from_tensorflow(TF | {"gamma": b}), ValueError,
+         "gamma: expected variables named bias, kernel,"),
+        (lambda: lstm_ext.from_tensorflow(TF | {"w_i_diag": array(H)}), ValueError,
+         "expected all peepholes, got none of w_f_diag, w_o_diag"),
+        (lambda: lstm_ext.from_tensorflow({"kernel": array(H, 4 * H)}), ValueError,
+         "kernel: expected shape (features + H, 4 H), got (4, 16)"),
+        (lambda: lstm_ext.from_jax({"Dense_0": {"kernel": W}}), ValueError,
+         "one LSTM cell of Flax, Haiku or Equinox, found 0 in it"),
         (lambda: lstm_ext.from_jax({"a": FLAX, "b": FLAX}), ValueError, "found 2 in it"),
-        (
-            lambda: lstm_ext.from_jax(FLAX | {"hg": {"kernel": array(H, H + 1)}}),
-            ValueError,
-            "expected hi, hf, hg and ho of one shape",
-        ),
-        (
-            lambda: lstm_ext.from_jax(FLAX | {"hg": {"scale": W}}),
-            ValueError,
-            "from_jax: hg: expected a kernel, got scale",
-        ),
-        (
-            lambda: lstm_ext.from_jax(FLAX | {"hi": FLAX["hi"] | {"bias": array(H)}}),
-            TypeError,
-            "from_jax: hf/bias: expected an array, got NoneType",
-        ),
-        (
-            lambda: lstm_ext.from_haste({"kernel": W}),
-            ValueError,
-            "from_haste: expected kernel, recurrent_kernel, bias, got none of recurrent_kernel, bias",
-        ),
+        (lambda: lstm_ext.from_jax(FLAX | {"hg": {"kernel": array(H, H + 1)}}), ValueError,
+         "expected hi, hf, hg and ho of one shape"),
+        (lambda: lstm_ext.from_jax(FLAX | {"hg": {"scale": W}}), ValueError,
+         "from_jax: hg: expected a kernel, got scale"),
+        (lambda: lstm_ext.from_jax(FLAX | {"hi": FLAX["hi"] | {"bias": array(H)}}), TypeError,
+         "from_jax: hf/bias: expected an array, got NoneType"),
+        (lambda: lstm_ext.from_haste({"kernel": W}), ValueError,
+         "from_haste: expected kernel, recurrent_kernel, bias, got none of recurrent_kernel, bias"),
         (lambda: lstm_ext.from_mlx({"Wx": W}), ValueError, "from_mlx: expected Wx and Wh, got none of Wh"),
         (lambda: lstm_ext.from_jax([]), ValueError, "from_jax: expected at least one layer, got none"),
     ],
-)
+)  # fmt: skip
 def test_bad_input_is_named(call: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error) as caught:
         call()
@@ -481,39 +375,25 @@ def node(**changes: Any) -> Any:
     ("changes", "text"),
     [
         ({"attributes": {"bogus": 3.0}}, "node Y: expected no attribute bogus"),
-        (
-            {"attributes": {"direction": "reverse"}},
-            "node Y: direction: expected forward or bidirectional, got reverse",
-        ),
-        (
-            {"attributes": {"activations": ["Sigmoid", "Gelu", "Tanh"]}},
-            "node Y: activations: expected some of Sigmoid, Tanh, Affine, Relu, LeakyRelu, ThresholdedRelu, Elu, "
-            "ScaledTanh, HardSigmoid, Softsign, Softplus, got Gelu",
-        ),
-        (
-            {"attributes": {"activations": ["Sigmoid", "Affine", "Tanh"], "activation_alpha": [1.0]}},
-            "node Y: activations: Affine without its numbers, for which runtimes have different defaults",
-        ),
-        (
-            {"attributes": {"activations": ["Sigmoid", "Tanh"]}},
-            "node Y: activations: expected 3, got Sigmoid, Tanh",
-        ),
-        (
-            {"attributes": {"activations": ["LeakyRelu", "Tanh", "Tanh"], "activation_alpha": [-0.1]}},
-            "node Y: gate_activation: expected the first number of leaky_relu to be at least 0",
-        ),
+        ({"attributes": {"direction": "reverse"}},
+         "node Y: direction: expected forward or bidirectional, got reverse"),
+        ({"attributes": {"activations": ["Sigmoid", "Gelu", "Tanh"]}},
+         "node Y: activations: expected some of Sigmoid, Tanh, Affine, Relu, LeakyRelu, ThresholdedRelu, "
+         "Elu, ScaledTanh, HardSigmoid, Softsign, Softplus, got Gelu"),
+        ({"attributes": {"activations": ["Sigmoid", "Affine", "Tanh"], "activation_alpha": [1.0]}},
+         "node Y: activations: Affine without its numbers, for which runtimes have different defaults"),
+        ({"attributes": {"activations": ["Sigmoid", "Tanh"]}}, "node Y: activations: expected 3, got Sigmoid, Tanh"),
+        ({"attributes": {"activations": ["LeakyRelu", "Tanh", "Tanh"], "activation_alpha": [-0.1]}},
+         "node Y: gate_activation: expected the first number of leaky_relu to be at least 0"),
         ({"attributes": {"clip": -1.0}}, "node Y: preactivation_clip should be a positive finite number"),
         ({"W": None}, "node Y: W: expected an initializer, got W, which is no initializer"),
         ({"R": array(1, 4 * H, H + 1)}, "node Y: R: expected shape (1, 16, 4), got (1, 16, 5)"),
-        (
-            {"R": array(1, 4 * H, H).double()},
-            "node Y: R: expected dtype torch.float32 as W, got torch.float64",
-        ),
+        ({"R": array(1, 4 * H, H).double()}, "node Y: R: expected dtype torch.float32 as W, got torch.float64"),
         ({"attributes": {"clip": 1}}, "node Y: clip: expected an attribute of type FLOAT, got INT"),
         ({"attributes": {"hidden_size": -1}}, "node Y: hidden_size: expected at least 1, got -1"),
         ({"attributes": {"layout": 2}}, "node Y: layout: expected 0 or 1, got 2"),
     ],
-)
+)  # fmt: skip
 def test_onnx_nodes_that_cannot_be_expressed(changes: dict[str, Any], text: str) -> None:
     with pytest.raises(ValueError) as caught:
         lstm_ext.from_onnx(node(**changes))
