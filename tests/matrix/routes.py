@@ -72,6 +72,11 @@ def called_with(case: Case) -> set[str]:
     return names | ({"reset_state"} if case.options.reset_state else set())
 
 
+def draws_what_it_reads(case: Case) -> bool:
+    """Whether the masks of the steps that count alone are drawn, since the lengths are numbers that the host knows."""
+    return draws(case) and "lengths" in called_with(case) and not case.options.unread
+
+
 def is_plain(case: Case) -> bool:
     return case.options is None
 
@@ -350,10 +355,11 @@ ROUTES: dict[str, Route] = {
         ("grad", "no_grad", "twice"),
     ),
     "nested tensor": Route(by_itself, lambda c: c.packed, kind=NestedLSTM),
-    "dispatch mode": Route(under_a_mode, modes=ONCE),
+    # Nothing is read under a mode or by a compiler.
+    "dispatch mode": Route(under_a_mode, lambda c: not draws_what_it_reads(c), ONCE),
     "torch's operator": Route(by_torch_operator, modes=ONCE),
     "vmap": Route(by_vmap, lambda c: not (c.packed or draws(c)), ("grad", "no_grad")),
-    "compile": Route(compiled, modes=ONCE, tier="tools"),
+    "compile": Route(compiled, lambda c: not draws_what_it_reads(c), ONCE, tier="tools"),
     "export": Route(exported, lambda c: not draws(c), NO_GRADIENTS, tier="tools"),
     "frozen": Route(frozen, lambda c: not draws(c), NO_GRADIENTS),
     "convert": Route(converted, is_plain),
