@@ -30,8 +30,8 @@ struct EngineLimits {
 // as for all work.
 constexpr double kWorkPerThread = 6e5;   // with less work a thread costs more than it gains
 constexpr double kWorkPerBarrier = 6e4;  // the cost of a barrier between two team members
-// What each member beyond two adds to it: a cache line goes to the member, and to those that wait, in 80 ns from core
-// to core. Nobody has measured more than two.
+// Each member beyond two adds this to the cost of a barrier: a cache line goes to the member, and to those that wait,
+// in 80 ns from core to core. Nobody has measured more than two.
 constexpr double kWorkPerFurtherMember = 7200;
 
 struct Machine {

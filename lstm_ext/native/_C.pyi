@@ -145,7 +145,7 @@ def cpu_plan(
     """
 
 def set_worker_costs(multiple: float) -> None:
-    """What workers cost in plans, as a multiple of the constants: 0 gives small layers many. For tests."""
+    """Sets the cost of workers in plans, as a multiple of the constants: 0 gives small layers many. For tests."""
 
 def worker_limit() -> tuple[int, float]:
     """How many workers a limited call may use, because workers had to share their cores with other programs, and for
