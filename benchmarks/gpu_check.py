@@ -169,8 +169,9 @@ def diagnosis(session: Session, seconds: float) -> Outcome:
         if time.monotonic() > deadline:
             return {"variant": name, "end": "the time was up before it began", "report": None}
         child = session.start(f"diagnosis_{name.replace(' ', '_').replace(',', '')}", [*arguments, *options])
-        # A hang leaves time for the others.
-        patience = 8.0 if options[-1] == "hang" else seconds / 4
+        # A hang leaves time for the others. The first one may compile the emulated kernels.
+        compiles = session.dry and name == runs[0][0]
+        patience = 8.0 if options[-1] == "hang" else seconds * 0.7 if compiles else seconds / 4
         finished = child.wait(min(deadline, time.monotonic() + patience))
         report = finished.last_json()
         report = report if isinstance(report, dict) else None
@@ -178,7 +179,6 @@ def diagnosis(session: Session, seconds: float) -> Outcome:
             {} if report else {"output": finished.tail}
         )
 
-    # The first one may compile the emulated kernels.
     found = [run(*runs[0])]
     with ThreadPoolExecutor(2) as pool:
         found += pool.map(lambda one: run(*one), runs[1:])

@@ -376,9 +376,10 @@ ROUTES: dict[str, Route] = {
     "C library": Route(
         by_the_c_library,
         lambda c: (
-            not (c.packed or called_with(c) or draws(c))
+            c.layout == "batched"
+            and len(c.lengths) > 0
             and c.dtype in ("float32", "float64")
-            and c.layout == "batched"
+            and not (called_with(c) or draws(c))
         ),
         NO_GRADIENTS,
         tier="tools",

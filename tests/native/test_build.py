@@ -558,9 +558,8 @@ def test_a_build_without_kernels_for_the_processor_says_so(tmp_path: Path) -> No
     function = ctypes.CDLL(str(library)).lstm_ext_cpu_library
     function.restype = ctypes.POINTER(Library)
     found = function().contents
-    assert b"without kernels for this CPU (LSTM_EXT_CPU_SETS)" in found.capability(
-        ctypes.byref(ctypes.c_void_p())
-    )
+    said = found.capability(ctypes.byref(ctypes.c_void_p()))
+    assert b"no kernels for this CPU" in said and b"LSTM_EXT_CPU_SETS" in said
 
 
 @pytest.mark.parametrize(

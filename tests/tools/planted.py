@@ -25,7 +25,12 @@ WORK = ROOT / "build" / "planted"
 FOLDERS = ("cpu", "cuda", "library")  # below csrc/, each file of which has a fault
 TIMEOUT = 1200  # seconds for the tests of a fault
 
-CPU = ("tests/cpu/test_kernels.py", "tests/cpu/test_options_kernels.py", "tests/call/test_packed.py")
+CPU = (
+    "tests/cpu/test_kernels.py",
+    "tests/cpu/test_options_kernels.py",
+    "tests/call/test_packed.py",
+    "tests/matrix/test_matrix.py",
+)
 ENGINE = ("tests/cpu/test_tile_engine.py",)
 EMULATED = ("tests/simt/test_stepwise.py",)
 LIBRARY = ("tests/native_library/test_library.py",)

@@ -41,7 +41,8 @@ SETS = ("avx512",)  # beside AVX2
 # What calls the kernels. Tests of times and of machine code have nothing to say here.
 FOLDERS = {
     "cpu": "kernels options_kernels frozen_bytes threads combinations low_precision",
-    "call": "packed lengths resets options errors",
+    "call": "packed lengths resets options",
+    "matrix": "matrix faults",
     "nn": "frozen streaming forward cell serialization",
     "layer": "ops second_derivatives",
     "fuzz": "fuzz",
@@ -71,8 +72,6 @@ from lstm_ext.native import loader
 getattr(ctypes.CDLL(loader.status().ops_path), sys.argv[1])(4)"""
 CANARIES = {"lstm_ext_read_beyond": "heap-buffer-overflow", "lstm_ext_overflow": "signed integer overflow"}
 
-# In tests/conftest.py. Here, a test computes for longer.
-COMPUTES = ('"tools": 300, "": 60', '"tools": 3000, "": 600')
 
 # Blocks of scratch memory that are kept, and may be larger than asked for, would hide what is read beyond them.
 SCRATCH = ("kLeastBytes = size_t{64} << 10;", "kLeastBytes = ~size_t{};")
@@ -104,10 +103,10 @@ class Sanitized(planted.Copy):
         more = f"\nCOMPILE_FLAGS += {ADDRESS!r}\nLINK_FLAGS += {[SANITIZERS]!r}\n"
         config.write_text(config.read_text() + more)
         (self.folder / "csrc" / "torch" / "canary.cpp").write_text(CANARY)
-        for name, (old, new) in (("csrc/torch/scratch.cpp", SCRATCH), ("tests/conftest.py", COMPUTES)):
-            path = self.folder / name
-            assert old in path.read_text()
-            path.write_text(path.read_text().replace(old, new))
+        old, new = SCRATCH
+        path = self.folder / "csrc" / "torch" / "scratch.cpp"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
         self.reports = self.folder.with_name("address-reports")
 
     def run(self, command: Sequence[str]) -> tuple[int, str]:
@@ -146,7 +145,7 @@ def address(arguments: Sequence[str] = ()) -> bool:
         if code == 0 or expected not in report:
             print(f"{function} gives no report of a {expected}: {copy.log}")
             return False
-    pytest = ["-m", "pytest", "-q", "-p", "no:faulthandler", "-p", "no:cacheprovider"]
+    pytest = ["-m", "pytest", "-q", "--timeout", "3000", "-p", "no:faulthandler", "-p", "no:cacheprovider"]
     runs = [list(arguments)]
     if not arguments:
         deselected = [f"--deselect={test}" for test in LEFT_OUT]
