@@ -10,9 +10,11 @@ import contextlib
 import copy
 import io
 import itertools
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -29,7 +31,7 @@ from lstm_ext.options import OPTIONS
 from .cases import Case
 from .judge import Call, by_itself
 
-__all__ = ["ROUTES", "NestedLSTM", "Route"]
+__all__ = ["ROUTES", "Holder", "NestedLSTM", "Route"]
 
 
 class Route(NamedTuple):
@@ -268,7 +270,7 @@ def converted(module: Any, x: Any, hx: Any) -> Any:
     return lstm_ext.convert(lstm_ext.revert(copy.copy(module)))(x, hx)
 
 
-class _Scripted(nn.Module):
+class Holder(nn.Module):
     """A model that holds the layer, as ``torch.jit`` takes it."""
 
     def __init__(self, lstm: nn.Module) -> None:
@@ -284,14 +286,14 @@ class _Scripted(nn.Module):
 def scripted(module: Any, x: Tensor, hx: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch deprecates it
-        return torch.jit.script(_Scripted(module))(x, hx)
+        return torch.jit.script(Holder(module))(x, hx)
 
 
 def traced(module: Any, x: Tensor, hx: Any) -> Any:
     arguments = (x,) if hx is None else (x, hx)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.jit.trace(_Scripted(module), arguments, check_trace=False)(*arguments)
+        return torch.jit.trace(Holder(module), arguments, check_trace=False)(*arguments)
 
 
 def by_onnx_runtime(module: Any, x: Tensor, hx: Any) -> Any:
@@ -316,9 +318,6 @@ def by_onnx_runtime(module: Any, x: Tensor, hx: Any) -> Any:
 
 
 def by_the_c_library(module: Any, x: Tensor, hx: Any) -> Any:
-    import tempfile
-    from pathlib import Path
-
     from c_library import Model, Stream
 
     with tempfile.TemporaryDirectory() as folder:

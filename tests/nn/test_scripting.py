@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from matrix.routes import Holder as Padded
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
@@ -40,17 +41,6 @@ class Packed(nn.Module):
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         output, states = self.lstm(x, hx)
         return output.data, states
-
-
-class Padded(nn.Module):
-    def __init__(self, lstm: nn.Module):
-        super().__init__()
-        self.lstm = lstm
-
-    def forward(
-        self, x: torch.Tensor, hx: tuple[torch.Tensor, torch.Tensor] | None = None
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        return self.lstm(x, hx)
 
 
 def ours_of(model: nn.Module) -> list[nn.Module]:
