@@ -208,7 +208,7 @@ def test_info_about_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert text[0] == "cuda: kernels built with CUDA 13.0 for 8.0"
     assert (
         text[1]
-        == "kernel: auto: stepwise; on a device where `step` or `persistent` have been right, the fastest"
+        == "kernel: auto: of those that have been right here, the one measured fastest, else persistent, step, stepwise"
     )
     assert text[2].startswith("devices: 2; ")
     assert text[3].startswith("cuda:0: A GPU, compute capability 7.5: not supported: the kernels need")
@@ -244,8 +244,14 @@ def test_cuda_kernels() -> None:
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (None, "stepwise; on a device where `step` or `persistent` have been right, the fastest"),
-        ("auto", "stepwise; on a device where `step` or `persistent` have been right, the fastest"),
+        (
+            None,
+            "of those that have been right here, the one measured fastest, else persistent, step, stepwise",
+        ),
+        (
+            "auto",
+            "of those that have been right here, the one measured fastest, else persistent, step, stepwise",
+        ),
         ("stepwise", "LSTM_EXT_CUDA_KERNEL=stepwise"),
         ("step", "LSTM_EXT_CUDA_KERNEL=step"),
         ("mailbox", "LSTM_EXT_CUDA_KERNEL=mailbox"),
