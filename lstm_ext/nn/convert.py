@@ -71,26 +71,6 @@ _LEFT_BEHIND = {"__overloads__"}
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def _on_meta(cls: Any, module: Any) -> nn.Module:
-    """A ``cls`` with the sizes and options of ``module``. Allocates nothing and draws no random number."""
-    if issubclass(cls, nn.RNNCellBase):
-        return cls(module.input_size, module.hidden_size, module.bias, device="meta")
-    with warnings.catch_warnings():
-        # The warning about dropout with one layer was given when the module was made.
-        warnings.simplefilter("ignore", UserWarning)
-        return cls(
-            module.input_size,
-            module.hidden_size,
-            module.num_layers,
-            module.bias,
-            module.batch_first,
-            module.dropout,
-            module.bidirectional,
-            module.proj_size,
-            device="meta",
-        )
-
-
 @overload
 def convert(
     model: nn.LSTM, *, skip: Iterable[str] = (), as_subclass: Literal[True] = True, subclasses: bool = False
@@ -249,13 +229,6 @@ def report(model: nn.Module) -> list[Entry]:
     return entries
 
 
-class _Change(NamedTuple):
-    module: nn.Module
-    cls: type[nn.Module]
-    add: dict[str, Any]  # attributes of the instance
-    remove: list[str]
-
-
 def _new_class(
     module: Any, pairs: dict[type[nn.Module], type[nn.Module]], subclasses: bool
 ) -> tuple[type[nn.Module] | None, str | None]:
@@ -324,7 +297,7 @@ def _change_classes(
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: expected model to be a torch.nn.Module, got {type(model).__name__}")
     skipped = _skipped(model, skip, function)
-    changes: list[_Change] = []
+    changes: list[tuple[nn.Module, type[nn.Module]]] = []
     refused, passed_over = [], []
     found = False
     for name, module in model.named_modules():
@@ -339,17 +312,7 @@ def _change_classes(
         if module in skipped:
             continue
         if cls is not None:
-            source = next(source for source in (*_REVERTED, *pairs) if isinstance(module, source))
-            target = pairs.get(source, source)
-            old, new = vars(_on_meta(source, module)), vars(_on_meta(target, module))
-            changes.append(
-                _Change(
-                    module,
-                    cls,
-                    {key: value for key, value in new.items() if key not in old},
-                    [key for key in old if key not in new],
-                )
-            )
+            changes.append((module, cls))
         if reason is not None:
             refused.append(f"  {place} ({kind_of(module)}): {reason}")
     if refused:
@@ -358,10 +321,11 @@ def _change_classes(
             "(skip=[names] leaves them as they are):\n" + "\n".join(refused)
         )
 
-    for module, cls, add, remove in changes:
-        for key in (*remove, *_LEFT_BEHIND):
+    for module, cls in changes:
+        for key in ("_layer_names", *_LEFT_BEHIND):
             module.__dict__.pop(key, None)
-        module.__dict__.update(add)
+        if issubclass(cls, LSTM):
+            module.__dict__["_layer_names"] = LSTM._group_names(module)  # type: ignore[arg-type]
         module.__class__ = cls
         if isinstance(module, nn.RNNBase):
             # This is done after construction too. It computes parametrized weights, which needs no graph.
