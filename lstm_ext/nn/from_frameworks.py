@@ -99,6 +99,13 @@ class Source:
             raise TypeError(f"{self.function}: {what}: expected arrays by name, got {type(arrays).__name__}")
         return arrays
 
+    def taken(self, arrays: Any, what: str, names: Sequence[str]) -> list[Any]:
+        """The arrays of these names. Raises: TypeError, ValueError."""
+        missing = [name for name in names if name not in self.named(arrays, what)]
+        if missing:
+            raise self.refuse(f"expected {', '.join(names)}, got none of {', '.join(missing)}")
+        return [arrays[name] for name in names]
+
     def gates(self, x: Tensor) -> Tensor:
         """Blocks along the first axis, one a gate, in torch's order."""
         blocks = dict(zip(self.order, x.chunk(4), strict=True))
@@ -196,6 +203,72 @@ _IN_KERAS: dict[str, tuple[tuple[float, ...], ...]] = {
 }
 
 
+_KERAS = Source("from_keras", "ifgo")
+_KERAS_ARRAYS = ("kernel", "recurrent_kernel", "bias")
+
+
+def _keras_directions(weights: Sequence[Any]) -> list[Direction]:
+    if len(weights) not in (2, 3, 4, 6):
+        raise _KERAS.refuse(f"expected 2, 3, 4 or 6 arrays, got {len(weights)}")
+    each = 2 if len(weights) in (2, 4) else 3
+    parts = [[*weights[k : k + each], None][:3] for k in range(0, len(weights), each)]
+    return [_KERAS.matrices(kernel, recurrent, bias, _KERAS_ARRAYS) for kernel, recurrent, bias in parts]
+
+
+def _keras_activation(layer: Any, name: str, default: str) -> Activation:
+    found = getattr(layer, name, default)
+    known = getattr(found, "__name__", found)
+    if known in KERAS:
+        return KERAS[known]
+    if known in ("hard_sigmoid", "leaky_relu") and callable(found):
+        # Their numbers differ between the versions of Keras, so they are asked.
+        below, above = (float(y) for y in found(_KERAS.array([-1.0, 1.0], name, 2).numpy()))
+        asked = -below if known == "leaky_relu" else above - 0.5
+        numbers = next((n for n in _IN_KERAS[known] if abs(n[0] - asked) < 1e-6), None)
+        if numbers is None:
+            raise _KERAS.refuse(f"{name}: {known} with the number {asked:.6g}, which no version of Keras has")
+        return (known, *numbers)
+    raise _KERAS.refuse(
+        f"{name}: expected one of {', '.join([*KERAS, 'hard_sigmoid', 'leaky_relu'])}, got {known}"
+    )
+
+
+def _keras_settings(layer: Any, back: bool = False) -> dict[str, Any]:
+    if back and not getattr(layer, "go_backwards", True):
+        raise _KERAS.refuse("backward_layer: expected one with go_backwards=True")
+    if not back and getattr(layer, "go_backwards", False):
+        raise _KERAS.refuse(
+            "go_backwards=True: this layer has not that; get_weights() gives the arrays, and x.flip(1) the input"
+        )
+    return {
+        "gate_activation": _keras_activation(layer, "recurrent_activation", "sigmoid"),
+        "cell_activation": _keras_activation(layer, "activation", "tanh"),
+        "time_major": bool(getattr(layer, "time_major", False)),
+    }
+
+
+def _keras_layers(layer: Any) -> tuple[list[Any], dict[str, Any]]:
+    """The layer, or the two of a ``Bidirectional``, and their settings. ValueError for what ours does not have."""
+    inner = [layer]
+    if hasattr(layer, "forward_layer"):
+        if layer.merge_mode != "concat":
+            raise _KERAS.refuse(f"merge_mode: expected concat, got {layer.merge_mode}")
+        inner = [layer.forward_layer, layer.backward_layer]
+    for one in inner:
+        kind, cell = type(one).__name__, type(getattr(one, "cell", None)).__name__
+        if kind == "RNN":
+            raise _KERAS.refuse(
+                f"expected layers of the class LSTM, got RNN of {cell}: from_keras takes the get_weights() of one "
+                "LSTMCell, with its activations as gate_activation and cell_activation"
+            )
+        if kind != "LSTM":
+            raise _KERAS.refuse(f"expected layers of the class LSTM, got {kind}")
+    found = _keras_settings(inner[0])
+    if len(inner) == 2 and _keras_settings(inner[1], back=True) != found:
+        raise _KERAS.refuse("a Bidirectional whose layers differ in their activations")
+    return inner, found
+
+
 def from_keras(
     source: Any,
     *,
@@ -226,77 +299,6 @@ def from_keras(
             by its name in Keras: an activation that ONNX's LSTM does not have, ``go_backwards``, a ``merge_mode`` other
             than concat, a layer of another class.
     """
-    read = Source("from_keras", "ifgo")
-    names = ("kernel", "recurrent_kernel", "bias")
-
-    def directions(weights: Sequence[Any]) -> list[Direction]:
-        if len(weights) not in (2, 3, 4, 6):
-            raise read.refuse(f"expected 2, 3, 4 or 6 arrays, got {len(weights)}")
-        each = 2 if len(weights) in (2, 4) else 3
-        parts = [[*weights[k : k + each], None][:3] for k in range(0, len(weights), each)]
-        return [read.matrices(kernel, recurrent, bias, names) for kernel, recurrent, bias in parts]
-
-    def activation(layer: Any, name: str, default: str) -> Activation:
-        found = getattr(layer, name, default)
-        known = getattr(found, "__name__", found)
-        if known in KERAS:
-            return KERAS[known]
-        if known in ("hard_sigmoid", "leaky_relu") and callable(found):
-            # Their numbers differ between the versions of Keras, so they are asked.
-            below, above = (float(y) for y in found(read.array([-1.0, 1.0], name, 2).numpy()))
-            asked = -below if known == "leaky_relu" else above - 0.5
-            numbers = next((n for n in _IN_KERAS[known] if abs(n[0] - asked) < 1e-6), None)
-            if numbers is None:
-                raise read.refuse(
-                    f"{name}: {known} with the number {asked:.6g}, which no version of Keras has"
-                )
-            return (known, *numbers)
-        raise read.refuse(
-            f"{name}: expected one of {', '.join([*KERAS, 'hard_sigmoid', 'leaky_relu'])}, got {known}"
-        )
-
-    def check(layer: Any, back: bool = False) -> dict[str, Any]:
-        if back and not getattr(layer, "go_backwards", True):
-            raise read.refuse("backward_layer: expected one with go_backwards=True")
-        if not back and getattr(layer, "go_backwards", False):
-            raise read.refuse(
-                "go_backwards=True: this layer has not that; get_weights() gives the arrays, and x.flip(1) the input"
-            )
-        for name in ("dropout", "recurrent_dropout"):
-            if getattr(layer, name, False):
-                dropped[f"{name}={getattr(layer, name)}"] = True
-        gate = activation(layer, "recurrent_activation", "sigmoid")
-        return {
-            "gate_activation": gate,
-            "cell_activation": activation(layer, "activation", "tanh"),
-            "time_major": bool(getattr(layer, "time_major", False)),
-        }
-
-    def of_layer(layer: Any) -> list[Direction]:
-        inner = [layer]
-        if hasattr(layer, "forward_layer"):
-            if layer.merge_mode != "concat":
-                raise read.refuse(f"merge_mode: expected concat, got {layer.merge_mode}")
-            inner = [layer.forward_layer, layer.backward_layer]
-        for one in inner:
-            kind, cell = type(one).__name__, type(getattr(one, "cell", None)).__name__
-            if kind == "RNN":
-                raise read.refuse(
-                    f"expected layers of the class LSTM, got RNN of {cell}: from_keras takes the get_weights() of one "
-                    "LSTMCell, with its activations as gate_activation and cell_activation"
-                )
-            if kind != "LSTM":
-                raise read.refuse(f"expected layers of the class LSTM, got {kind}")
-        found = check(inner[0])
-        if len(inner) == 2 and check(inner[1], back=True) != found:
-            raise read.refuse("a Bidirectional whose layers differ in their activations")
-        if found != options.setdefault("all", found):
-            differ = [name for name, value in found.items() if value != options["all"][name]]
-            raise read.refuse(f"layers that differ in {', '.join(differ)}: make a layer of each")
-        return directions(layer.get_weights())
-
-    options: dict[str, dict[str, Any]] = {}
-    dropped: dict[str, bool] = {}  # in the order found
     if isinstance(source, (str, os.PathLike)):
         raise TypeError(
             f"from_keras: expected layers or a list of arrays, got the path {os.fspath(source)}: "
@@ -304,20 +306,32 @@ def from_keras(
         )
     if hasattr(source, "get_weights"):
         source = [source]
-    if isinstance(source, Sequence) and source and all(hasattr(layer, "get_weights") for layer in source):
-        stack = [of_layer(layer) for layer in source]
-    elif isinstance(source, Sequence):
-        stack = [directions(source)]
-    else:
+    if not isinstance(source, Sequence):
         raise TypeError(f"from_keras: expected layers or a list of arrays, got {type(source).__name__}")
-    found = options.get("all", {})
+    found: dict[str, Any] = {}
+    dropped: dict[str, None] = {}  # in the order found
+    if source and all(hasattr(layer, "get_weights") for layer in source):
+        stack = []
+        for layer in source:
+            inner, settings = _keras_layers(layer)
+            found = found or settings
+            if settings != found:
+                differ = [name for name, value in settings.items() if value != found[name]]
+                raise _KERAS.refuse(f"layers that differ in {', '.join(differ)}: make a layer of each")
+            rates = [
+                (name, getattr(one, name, 0)) for one in inner for name in ("dropout", "recurrent_dropout")
+            ]
+            dropped |= dict.fromkeys([f"{name}={rate}" for name, rate in rates if rate])
+            stack.append(_keras_directions(layer.get_weights()))
+    else:
+        stack = [_keras_directions(source)]
     time_major = found.pop("time_major", False)
     given = {"gate_activation": gate_activation, "cell_activation": cell_activation}
     given = {name: value for name, value in given.items() if value is not None}
     for name, value in given.items() if found else ():
         if activation_text(*(found | {name: value}).values()) != activation_text(*found.values()):
-            raise read.refuse(f"{name}: expected None or that of the layer, {found[name]!r}, got {value!r}")
-    made = read.layer(stack, not time_major if batch_first is None else batch_first, **found | given)
+            raise _KERAS.refuse(f"{name}: expected None or that of the layer, {found[name]!r}, got {value!r}")
+    made = _KERAS.layer(stack, not time_major if batch_first is None else batch_first, **found | given)
     if dropped:
         warnings.warn(
             f"from_keras: {', '.join(dropped)}: left out, so the new layer has Keras' values in inference only",
@@ -399,20 +413,14 @@ def from_tensorflow(
         TypeError, ValueError: a variable that is missing, unknown or of another shape; the text names it.
     """
     read = Source("from_tensorflow", "igfo")
-    known = {"kernel", "bias", "w_i_diag", "w_f_diag", "w_o_diag", "projection/kernel"}
     diagonals = ("w_i_diag", "w_f_diag", "w_o_diag")
+    known = {"kernel", "bias", *diagonals, "projection/kernel"}
 
     def direction(cell: Arrays) -> Direction:
         named = {}
         for full, value in cell.items():
-            name = next(
-                (
-                    k
-                    for k in sorted(known, key=len, reverse=True)
-                    if f"/{str(full).split(':')[0]}".endswith(f"/{k}")
-                ),
-                None,
-            )
+            ends = f"/{str(full).split(':')[0]}"
+            name = max([k for k in known if ends.endswith(f"/{k}")], key=len, default=None)
             if name is None:
                 raise read.refuse(f"{full}: expected variables named {', '.join(sorted(known))}")
             if name in named:
@@ -549,11 +557,7 @@ def from_haste(arrays: Arrays, *, zoneout: float = 0.0, batch_first: bool = Fals
     """
     read = Source("from_haste", "igfo")
     names = ("kernel", "recurrent_kernel", "bias")
-    missing = [name for name in names if name not in read.named(arrays, "arrays")]
-    if missing:
-        raise read.refuse(f"expected {', '.join(names)}, got none of {', '.join(missing)}")
-    kernel, recurrent, bias = (arrays[name] for name in names)
-    stack = [[read.matrices(kernel, recurrent, bias, names)]]
+    stack = [[read.matrices(*read.taken(arrays, "arrays", names), names)]]
     return read.layer(stack, batch_first, zoneout=zoneout)
 
 
@@ -574,11 +578,9 @@ def from_mlx(source: Any, *, batch_first: bool = True) -> LSTM:
     read = Source("from_mlx", "ifgo")
 
     def direction(one: Any) -> Direction:
-        arrays = read.named(one.parameters() if hasattr(one, "parameters") else one, "source")
-        missing = [name for name in ("Wx", "Wh") if name not in arrays]
-        if missing:
-            raise read.refuse(f"expected Wx and Wh, got none of {', '.join(missing)}")
-        W, U = (read.array(arrays[name], name, None, None) for name in ("Wx", "Wh"))
+        arrays = one.parameters() if hasattr(one, "parameters") else one
+        found = read.taken(arrays, "source", ("Wx", "Wh"))
+        W, U = (read.array(x, name, None, None) for x, name in zip(found, ("Wx", "Wh"), strict=True))
         return read.matrices(W.T, U.T, arrays.get("bias"), ("Wx", "Wh", "bias"))
 
     layers = source if isinstance(source, (list, tuple)) else [source]

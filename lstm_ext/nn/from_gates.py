@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .from_frameworks import Direction, Source
 from .lstm import LSTM
 
 __all__ = ["from_gates"]
@@ -72,16 +73,9 @@ def from_gates(
             if x.device != W_i.device:
                 raise ValueError(f"{name}: expected device {W_i.device} as W_i, got {x.device}")
 
-    module = LSTM(features, hidden, batch_first=batch_first, device="meta")
-    with torch.no_grad():
-        values = {
-            # A hidden unit is a row of the layer's weights and a column of the matrices.
-            "weight_ih_l0": torch.cat([W.T for W, _, _ in gates.values()]),
-            "weight_hh_l0": torch.cat([U.T for _, U, _ in gates.values()]),
-            "bias_ih_l0": torch.cat([b.reshape(hidden) for _, _, b in gates.values()]),
-            "bias_hh_l0": W_i.new_zeros(4 * hidden),
-        }
-        for name, value in values.items():
-            setattr(module, name, nn.Parameter(value.contiguous()))
-    module._init_flat_weights()
-    return module
+    # A hidden unit is a row of the layer's weights and a column of the matrices.
+    W, U, b = [
+        torch.cat(parts).detach()
+        for parts in zip(*[(W.T, U.T, b.reshape(hidden)) for W, U, b in gates.values()], strict=True)
+    ]
+    return Source("from_gates", "ifgo").layer([[Direction(W, U, b)]], batch_first)

@@ -285,7 +285,7 @@ FLAX = {f"{s}{g}": {"kernel": array(I if s == "i" else H, H)} for s in "ih" for 
          "from_jax: hf/bias: expected an array, got NoneType"),
         (lambda: lstm_ext.from_haste({"kernel": W}), ValueError,
          "from_haste: expected kernel, recurrent_kernel, bias, got none of recurrent_kernel, bias"),
-        (lambda: lstm_ext.from_mlx({"Wx": W}), ValueError, "from_mlx: expected Wx and Wh, got none of Wh"),
+        (lambda: lstm_ext.from_mlx({"Wx": W}), ValueError, "from_mlx: expected Wx, Wh, got none of Wh"),
         (lambda: lstm_ext.from_jax([]), ValueError, "from_jax: expected at least one layer, got none"),
     ],
 )  # fmt: skip
