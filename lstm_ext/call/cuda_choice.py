@@ -410,7 +410,7 @@ class _Scratch:
 
     def ours(self) -> Tensor:
         if self.is_cell:
-            return route.lstm_cell(self.input[0], self.h0[0], self.c0[0], self.flat, True)[0]
+            return route.lstm_cell(self.input[0], self.h0[0], self.c0[0], self.flat)[0]
         tensors = [self.input, self.h0, self.c0, *self.flat]
         return self.stack.by_layers(route.lstm_layer, self.sizes, tensors, None)[0]
 

@@ -25,8 +25,9 @@ from .layout import BATCH_FIRST, EMPTY_SEQUENCE, TIME_FIRST, JaggedLayout, Layou
 from .stack import run_stack
 from .torch_operator import PlainStack
 from .torch_operator import lstm as lstm_by_torch
+from .values import check_like_input, described_pair, is_pair
 
-__all__ = ["EMPTY_SEQUENCE", "describe_hx", "lstm", "run", "zero_states"]
+__all__ = ["lstm", "run", "zero_states"]
 
 
 def run(
@@ -183,7 +184,7 @@ def lstm(
     layers, hidden_size, state_size = _split_weights(weights, data, bias, num_layers, bidirectional)
     sets = len(layers) * (2 if bidirectional else 1)
     shapes = (sets, batch, state_size), (sets, batch, hidden_size)
-    h0, c0 = _check_hx(hx, data, sets, batch, hidden_size, state_size)
+    h0, c0 = _check_hx(hx, data, shapes)
     if packed and h0 is None and torch.compiler.is_compiling():
         h0, c0 = zero_states(x, shapes)
     if not packed and is_zero(x.size(0)):
@@ -272,9 +273,7 @@ def _split_weights(
             "weight_hh": (4 * hidden, state),
             "weight_hr": (state, hidden),
         }.get(names[kind], (4 * hidden,))
-        if tuple(weight.shape) != expected:
-            raise ValueError(f"weights[{i}] ({name}): expected shape {expected}, got {_shape(weight)}")
-        _check_like_input(f"weights[{i}] ({name})", weight, input)
+        check_like_input(f"weights[{i}] ({name})", weight, expected, input)
     n = per_set * directions
     return [weights[k * n : (k + 1) * n] for k in range(num_layers)], hidden, state
 
@@ -301,37 +300,17 @@ def _split_parameters(
         )
     for i, w in enumerate(weights):
         kind = kinds[i % len(kinds)]
-        expected = (parameters.sizes[kind] * hidden,)
-        if tuple(w.shape) != expected:
-            raise ValueError(f"{keyword}[{i}] ({kind}): expected shape {expected}, got {_shape(w)}")
-        _check_like_input(f"{keyword}[{i}] ({kind})", w, input)
+        check_like_input(f"{keyword}[{i}] ({kind})", w, (parameters.sizes[kind] * hidden,), input)
     return tuple([tuple(weights[k * n : (k + 1) * n]) for k in range(num_layers)])
 
 
-def _check_like_input(name: str, x: Tensor, input: Tensor) -> None:
-    if x.device != input.device:
-        raise ValueError(f"{name}: expected device {input.device} as input, got {x.device}")
-    if x.dtype != input.dtype and not any_autocast():
-        raise ValueError(f"{name}: expected dtype {input.dtype} as input, got {x.dtype}")
-
-
 def _check_hx(
-    hx: Any, input: Tensor, sets: int, batch: int, hidden_size: int, state_size: int
+    hx: Any, input: Tensor, shapes: Sequence[tuple[int, ...]]
 ) -> tuple[Tensor | None, Tensor | None]:
     if hx is None:
         return None, None
-    if not isinstance(hx, (tuple, list)) or len(hx) != 2 or not all(isinstance(x, Tensor) for x in hx):
-        raise TypeError(f"hx: expected None or a tuple of two Tensors (h0, c0), got {describe_hx(hx)}")
-    for name, x, size in (("hx[0] (h0)", hx[0], state_size), ("hx[1] (c0)", hx[1], hidden_size)):
-        expected = (sets, batch, size)
-        if tuple(x.shape) != expected:
-            raise ValueError(f"{name}: expected shape {expected}, got {_shape(x)}")
-        _check_like_input(name, x, input)
+    if not is_pair(hx):
+        raise TypeError(f"hx: expected None or a tuple of two Tensors (h0, c0), got {described_pair(hx)}")
+    check_like_input("hx[0] (h0)", hx[0], shapes[0], input)
+    check_like_input("hx[1] (c0)", hx[1], shapes[1], input)
     return hx[0], hx[1]
-
-
-def describe_hx(hx: Any) -> str:
-    """The type of a wrong ``hx``, with the types inside if it is a tuple or list."""
-    if isinstance(hx, (tuple, list)):
-        return f"{type(hx).__name__} of ({', '.join(type(x).__name__ for x in hx)})"
-    return type(hx).__name__

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ..layer.tracing import LEGACY_VMAP, is_active
+from ..layer.tracing import LEGACY_VMAP, any_autocast, is_active
 from .layout import JaggedLayout, Layout, PackedLayout
 
 __all__ = [
+    "check_like_input",
+    "described_pair",
+    "is_pair",
     "is_readable",
     "kind_of",
     "lengths_of",
@@ -51,6 +54,33 @@ def kind_of(x: Any) -> str:
     if isinstance(x, Tensor):
         return f"a Tensor of shape {tuple(x.shape)}"
     return type(x).__name__
+
+
+def is_pair(states: Any) -> bool:
+    """Whether these are two Tensors, in a tuple or list."""
+    return (
+        isinstance(states, (tuple, list))
+        and len(states) == 2
+        and isinstance(states[0], Tensor)
+        and isinstance(states[1], Tensor)
+    )
+
+
+def described_pair(states: Any) -> str:
+    """The type of states that are no pair, with the types inside if it is a tuple or list."""
+    if isinstance(states, (tuple, list)):
+        return f"{type(states).__name__} of ({', '.join([type(x).__name__ for x in states])})"
+    return type(states).__name__
+
+
+def check_like_input(name: str, x: Tensor, shape: tuple[int, ...], input: Tensor, what: str = "") -> None:
+    """Raises: ValueError for a tensor of another shape, or of another device or dtype than the input."""
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}{what}, got {tuple(x.shape)}")
+    if x.device != input.device:
+        raise ValueError(f"{name}: expected device {input.device} as input, got {x.device}")
+    if x.dtype != input.dtype and not any_autocast():
+        raise ValueError(f"{name}: expected dtype {input.dtype} as input, got {x.dtype}")
 
 
 def refuse_meta(name: str, value: Any, x: Tensor) -> None:
@@ -150,22 +180,13 @@ def reset_state_of(
     reset_state: Any, x: Tensor, shapes: Sequence[tuple[int, ...]], layout: Layout
 ) -> tuple[Tensor, Tensor]:
     """The replacing states, with a batch axis."""
-    pair = isinstance(reset_state, (tuple, list)) and len(reset_state) == 2
-    if not pair or not all([isinstance(s, Tensor) for s in reset_state]):
-        got = type(reset_state).__name__
-        if isinstance(reset_state, (tuple, list)):
-            got += f" of ({', '.join([type(s).__name__ for s in reset_state])})"
+    if not is_pair(reset_state):
+        got = described_pair(reset_state)
         raise TypeError(f"reset_state: expected a tuple of two Tensors (h, c), got {got}")
     states = []
     for i, (state, shape) in enumerate(zip(reset_state, shapes, strict=True)):
-        name = f"reset_state[{i}] ({'hc'[i]})"
         expected = shape if layout.batched else (shape[0], shape[2])
-        if tuple(state.shape) != expected:
-            raise ValueError(f"{name}: expected shape {expected}, that of hx, got {tuple(state.shape)}")
-        if state.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} as input, got {state.device}")
-        if state.dtype != x.dtype and not torch._C._is_any_autocast_enabled():
-            raise ValueError(f"{name}: expected dtype {x.dtype} as input, got {state.dtype}")
+        check_like_input(f"reset_state[{i}] ({'hc'[i]})", state, expected, x, ", that of hx")
         states.append(state if layout.batched else state.unsqueeze(1))
     return states[0], states[1]
 

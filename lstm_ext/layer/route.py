@@ -200,15 +200,19 @@ def plain_cell(
 
 
 def lstm_cell(
-    input: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], bias: bool
+    input: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], preferred: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """One step of a layer without a projection: input (B, I), h and c (B, H); returns h and c after it."""
+    """One step of a layer without a projection: input (B, I), h and c (B, H); returns h and c after it.
+
+    `preferred`: see `torch_route`.
+    """
+    bias = len(weights) == 4
     call = LayerCall(input, h, c, weights, None, bias, False, PLAIN)
-    if weights[1].size(-1) and is_direct(call):
+    if not preferred and weights[1].size(-1) and is_direct(call):
         kernels = loader.extension()
         if kernels is not None:
             return kernels.lstm_cell(input, h, c, weights, bias)
-    if torch_route(input, h, c, [weights]):
+    if torch_route(input, h, c, [weights], preferred):
         if h is None or c is None:
             h = c = input.new_zeros(input.size(0), weights[1].size(-1))
         return torch.lstm_cell(input, (h, c), *weights)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..call import cuda_choice
 from ..call.autocast import autocast_dtype, result_dtypes, to_dtype
-from ..call.run import describe_hx
+from ..call.values import described_pair, is_pair
 from ..layer import route
 from ..layer.tracing import any_autocast, is_jit_tracing, leaf_of_graph
 from .scripted import IgnoredAttributes, refuse_scripting
@@ -99,7 +99,7 @@ class LSTMCell(KnownToTools, nn.RNNCellBase):
     def _forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         if is_jit_tracing():
             return _torch_forward(self, input, hx)  # type: ignore[arg-type]
-        if not isinstance(input, Tensor) or (hx is not None and not _is_pair(hx)):
+        if not isinstance(input, Tensor) or (hx is not None and not is_pair(hx)):
             if isinstance(input, torch.fx.Proxy):
                 return leaf_of_graph(self, input, (input,) if hx is None else (input, hx), {})  # type: ignore[return-value]
             self._refuse(input, hx)
@@ -162,11 +162,7 @@ class LSTMCell(KnownToTools, nn.RNNCellBase):
             b = b_hh if b_ih is None else b_ih
             weights = [*weights[:2], b, torch.zeros_like(b)]
         preferred = x.is_cuda and cuda_choice.cell_prefers_torch(x, weights, self.training)
-        if preferred and route.torch_route(x, h, c, [weights], preferred) is not None:
-            if h is None or c is None:
-                h = c = x.new_zeros(x.size(0), weights[1].size(1))
-            return torch.lstm_cell(x, (h, c), *weights)
-        return route.lstm_cell(x, h, c, weights, len(weights) == 4)
+        return route.lstm_cell(x, h, c, weights, preferred)
 
     def _weights(self) -> list[Tensor]:
         """The present weights; the same as ``getattr`` returns, but faster."""
@@ -188,9 +184,9 @@ class LSTMCell(KnownToTools, nn.RNNCellBase):
         # torch raises no error for more than two states, for states that it can broadcast if there is no batch, and for
         # another dtype of c.
         if hx is not None:
-            if not _is_pair(hx):
+            if not is_pair(hx):
                 raise TypeError(
-                    f"LSTMCell: expected hx to be a tuple of two Tensors (h, c), got {describe_hx(hx)}"
+                    f"LSTMCell: expected hx to be a tuple of two Tensors (h, c), got {described_pair(hx)}"
                 )
             expected = (*input.shape[:-1], self.weight_hh.size(-1))
             for i, state in enumerate(hx):
@@ -217,12 +213,3 @@ class LSTMCell(KnownToTools, nn.RNNCellBase):
         # torch.jit.script calls this hook before it compiles a module or a module inside one.
         refuse_scripting(self, LSTMCell, [])
         return self
-
-
-def _is_pair(hx: Any) -> bool:
-    return (
-        isinstance(hx, (tuple, list))
-        and len(hx) == 2
-        and isinstance(hx[0], Tensor)
-        and isinstance(hx[1], Tensor)
-    )

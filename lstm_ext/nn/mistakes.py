@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..call.run import EMPTY_SEQUENCE, describe_hx
+from ..call.layout import EMPTY_SEQUENCE
+from ..call.values import described_pair, is_pair
 from ..layer.tracing import any_autocast, is_zero
 
 __all__ = ["batched_states", "check_arguments", "unpack_hx"]
@@ -61,11 +62,11 @@ def check_arguments(
 
 
 def unpack_hx(hx: Any) -> tuple[Tensor, Tensor]:
-    if isinstance(hx, (tuple, list)) and len(hx) == 2:
-        h0, c0 = hx
-        if isinstance(h0, Tensor) and isinstance(c0, Tensor):
-            return h0, c0
-    raise TypeError(f"LSTM: expected hx to be a tuple of two Tensors (h_0, c_0), got {describe_hx(hx)}")
+    if not is_pair(hx):
+        raise TypeError(
+            f"LSTM: expected hx to be a tuple of two Tensors (h_0, c_0), got {described_pair(hx)}"
+        )
+    return hx[0], hx[1]
 
 
 def batched_states(h0: Tensor, c0: Tensor, rank: int, is_step: bool) -> tuple[Tensor, Tensor]:
