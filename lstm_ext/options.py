@@ -19,22 +19,6 @@ from torch import Tensor
 
 from .layer.activations import Activation, activation_text
 
-__all__ = [
-    "OPTIONS",
-    "CellParameters",
-    "FunctionalOptions",
-    "HasOptions",
-    "LayerArguments",
-    "Option",
-    "checked",
-    "described",
-    "requested",
-    "signature_of",
-    "unexpected_argument",
-    "zoneout_pair",
-]
-
-
 # ---- checks: each gives the value in the form that a layer keeps, or raises an error that names the argument
 
 

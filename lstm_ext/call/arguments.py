@@ -18,8 +18,6 @@ from . import values
 from .layout import CountingSteps, JaggedLayout, Layout, PackedLayout, PaddedRows
 from .masks import dropped_weight, keep_flags, recurrent_mask
 
-__all__ = ["CallOptions", "Requested", "Stack", "any_requested", "request"]
-
 
 class Stack(Protocol):
     """The attributes of a stack of layers that a call reads: of an `lstm_ext.LSTM`, or of a `PlainStack`."""

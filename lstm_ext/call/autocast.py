@@ -18,15 +18,6 @@ from torch import Tensor
 from ..layer.tracing import is_zero
 from .arguments import Requested
 
-__all__ = [
-    "autocast_dtype",
-    "in_autocast",
-    "options_in_autocast",
-    "result_dtypes",
-    "to_dtype",
-]
-
-
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 

@@ -27,18 +27,6 @@ from ..native import config, loader, selftest_record
 from .arguments import Stack
 from .torch_operator import PlainStack
 
-__all__ = [
-    "Choice",
-    "ShapeClass",
-    "cell_prefers_torch",
-    "choice_of",
-    "class_of",
-    "prefers_torch",
-    "recorded",
-    "tune",
-    "way",
-]
-
 STEPS = 32  # steps of the scratch tensors, at most
 CLASS_LIMIT = 0.05  # seconds of measuring for one class of shapes, all candidates together
 PROCESS_LIMIT = 2.0  # seconds of measuring in one process; after that, torch's operator computes new classes

@@ -18,22 +18,6 @@ from torch.utils import _pytree
 from ..layer.shapes import count_mask
 from ..layer.tracing import is_zero
 
-__all__ = [
-    "BATCH_FIRST",
-    "EMPTY_SEQUENCE",
-    "STEP",
-    "TIME_FIRST",
-    "UNBATCHED",
-    "UNBATCHED_STEP",
-    "CountingSteps",
-    "JaggedLayout",
-    "LSTMExtras",
-    "Layout",
-    "PackedLayout",
-    "PaddedRows",
-]
-
-
 # This is torch's own text, from aten/src/ATen/native/RNN.cpp.
 EMPTY_SEQUENCE = "Expected sequence length to be larger than 0 in RNN"
 

@@ -9,8 +9,6 @@ from torch.nn import functional as F
 from ..layer.route import UnsupportedLayerError
 from ..layer.tracing import is_exporting_to_onnx
 
-__all__ = ["dropped_weight", "keep_flags", "recurrent_mask"]
-
 
 def _refuse_export(option: str) -> None:
     # The exporter takes what is drawn from nothing but numbers for a constant.

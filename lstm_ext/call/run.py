@@ -27,8 +27,6 @@ from .torch_operator import PlainStack
 from .torch_operator import lstm as lstm_by_torch
 from .values import check_like_input, described_pair, is_pair
 
-__all__ = ["lstm", "run", "zero_states"]
-
 
 def run(
     stack: Stack,

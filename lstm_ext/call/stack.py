@@ -17,8 +17,6 @@ from .arguments import Requested, Stack
 from .autocast import options_in_autocast, result_dtypes, to_dtype
 from .layout import LSTMExtras
 
-__all__ = ["run_stack"]
-
 
 def run_stack(
     stack: Stack,

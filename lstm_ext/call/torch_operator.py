@@ -24,8 +24,6 @@ from .arguments import Stack
 from .autocast import in_autocast, result_dtypes
 from .stack import run_stack
 
-__all__ = ["PlainStack", "lstm"]
-
 _Tensors = tuple[Tensor, ...]
 
 

@@ -13,19 +13,6 @@ from torch.nn.utils.rnn import PackedSequence
 from ..layer.tracing import LEGACY_VMAP, any_autocast, is_active
 from .layout import JaggedLayout, Layout, PackedLayout
 
-__all__ = [
-    "check_like_input",
-    "described_pair",
-    "is_pair",
-    "is_readable",
-    "kind_of",
-    "lengths_of",
-    "refuse_meta",
-    "reset_state_of",
-    "resets_of",
-    "steps_of_mask",
-]
-
 
 def _check_is_on() -> bool:
     value = os.environ.get("LSTM_EXT_CHECK", "0")

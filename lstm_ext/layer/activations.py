@@ -15,8 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["ACTIVATIONS", "ONNX_NAMES", "Activation", "activation_functions", "activation_text", "split_text"]
-
 
 class _Kind(NamedTuple):
     function: Callable[..., Tensor]

@@ -27,22 +27,6 @@ from .layer_call import LayerCall, LayerOptions
 from .tracing import in_a_thread
 from .trial import TF32_EPS, TRIED_CASES, Case, Problem, Results, judge
 
-__all__ = [
-    "check_waits",
-    "forced",
-    "has_gpu",
-    "is_forced",
-    "is_requested",
-    "may_run",
-    "outcome",
-    "problem",
-    "requested",
-    "unsupported",
-    "variant",
-    "why_not",
-]
-
-
 # ---- requests
 
 

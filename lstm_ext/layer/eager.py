@@ -10,8 +10,6 @@ from torch import Tensor
 from . import transforms
 from .layer_call import PLAIN, LayerCall, LayerOptions, LayerResults
 
-__all__ = ["differentiable_backward", "lstm_layer"]
-
 
 def lstm_layer(kernels: Any, call: LayerCall) -> LayerResults:
     """Call only if `route.is_direct`."""

@@ -17,8 +17,6 @@ from .layer_call import LayerCall, LayerResults
 from .shapes import check_shapes, count_mask, weights_per_direction
 from .tracing import any_autocast
 
-__all__ = ["lstm_layer"]
-
 
 def lstm_layer(call: LayerCall) -> LayerResults:
     """One layer, all time steps, both directions if ``call.bidirectional``; ``recompute`` has no effect here.

@@ -12,17 +12,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = [
-    "NUMBERS",
-    "OPTION_NAMES",
-    "PLAIN",
-    "LayerCall",
-    "LayerFunction",
-    "LayerOptions",
-    "LayerResults",
-    "Signature",
-]
-
 # The results: output, h_n, c_n, cell states and gate values; the last two are None if not requested.
 LayerResults = tuple[Any, ...]
 

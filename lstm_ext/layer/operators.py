@@ -17,8 +17,6 @@ from ..native.imports import when_imported
 from .layer_call import OPTION_NAMES, PLAIN, LayerCall, LayerOptions
 from .shapes import check_shapes, weights_per_direction
 
-__all__ = ["forward_flops", "register"]
-
 # Keyed by the names of the operators.
 _fake_kernels: dict[str, Callable[..., Any]] = {}
 _flop_formulas: dict[str, Callable[..., int]] = {}

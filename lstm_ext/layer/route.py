@@ -48,22 +48,6 @@ from .tracing import (
     refuse_shards,
 )
 
-__all__ = [
-    "TORCH_IS_FASTER",
-    "TorchIsFaster",
-    "UnsupportedLayerError",
-    "given_states",
-    "has_operators",
-    "is_direct",
-    "lstm_cell",
-    "lstm_layer",
-    "prefers_torch",
-    "refuse_none",
-    "torch_is_faster",
-    "torch_lstm",
-    "torch_route",
-]
-
 
 class TorchIsFaster(NamedTuple):
     """Eager calls of plain stacks on the CPU in which torch's operator takes at least 3 percent less time than ours."""

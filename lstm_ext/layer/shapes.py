@@ -7,8 +7,6 @@ from torch import Tensor
 
 from .layer_call import NUMBERS, LayerCall
 
-__all__ = ["check_shapes", "count_mask", "weight_counts", "weights_per_direction"]
-
 
 def count_mask(lengths: Tensor, time: int) -> Tensor:
     """The steps that count, (T, B), for lengths (B,)."""

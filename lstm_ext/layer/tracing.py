@@ -11,26 +11,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = [
-    "KERNEL_DTYPES",
-    "LEGACY_VMAP",
-    "PLAIN_TYPES",
-    "PRE_DISPATCH",
-    "any_autocast",
-    "are_plain",
-    "dispatch_modes",
-    "in_a_thread",
-    "innermost_transform",
-    "is_active",
-    "is_exporting_to_onnx",
-    "is_jit_tracing",
-    "is_plain_eager",
-    "is_zero",
-    "leaf_of_graph",
-    "onnx_has_our_operator",
-    "refuse_shards",
-]
-
 _T = TypeVar("_T")
 # Bound here, because a lookup through the modules costs time.
 _is_compiling = torch.compiler.is_compiling

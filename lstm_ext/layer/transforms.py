@@ -23,16 +23,6 @@ from . import equations
 from .layer_call import LayerCall, LayerResults, Signature
 from .tracing import LEGACY_VMAP, is_active
 
-__all__ = [
-    "OPERATOR_TYPES",
-    "are_supported",
-    "flat_lstm_layer",
-    "gradients_of",
-    "layer_gradients",
-    "lstm_layer",
-    "recomputed",
-]
-
 # Types of tensors that the operators accept: those with numbers, and those of their fake kernels.
 OPERATOR_TYPES = frozenset((Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor))
 # The layer's own results; the results after them are saved for the backward pass.

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["CASES", "TF32_EPS", "TRIED_CASES", "Case", "Problem", "Results", "Verdict", "errors", "judge"]
-
 Results = dict[str, Tensor]
 TF32_EPS = 2.0**-10
 

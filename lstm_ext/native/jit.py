@@ -22,20 +22,6 @@ from . import config
 from .config import BuildError
 from .trust import distrust, make_folder, resolved
 
-__all__ = [
-    "MODULE",
-    "build",
-    "exclusive",
-    "finished",
-    "finished_with_cuda",
-    "folder",
-    "module",
-    "ops_library",
-    "problem",
-    "source_dir",
-    "trusted",
-]
-
 MODULE = "lstm_ext_C"
 _OPS_MODULE = "lstm_ext_ops"
 # Only the owner can write the folders of a build. Others can read them: root may build for all.

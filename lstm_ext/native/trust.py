@@ -8,8 +8,6 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["distrust", "make_folder", "resolved"]
-
 _OTHERS, _GROUP = 0o002, 0o020
 _MOST_LINKS = 40  # the same number as Linux
 # POSIX access control lists in Linux's form: a version number, then tag, permissions and id of each entry.

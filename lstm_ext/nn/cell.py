@@ -17,8 +17,6 @@ from ..layer.tracing import any_autocast, is_jit_tracing, leaf_of_graph
 from .scripted import IgnoredAttributes, refuse_scripting
 from .tools import KnownToTools, typed_like
 
-__all__ = ["LSTMCell"]
-
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 

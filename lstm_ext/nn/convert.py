@@ -32,8 +32,6 @@ from .unreached import (
     place_of,
 )
 
-__all__ = ["convert", "report", "revert"]
-
 _OURS: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
 _REVERTED = {ours: theirs for theirs, ours in _OURS.items()}
 # Our classes that are instances of torch's to isinstance.

@@ -26,8 +26,6 @@ from torch import nn
 
 from ..native.imports import when_imported
 
-__all__ = ["let_dynamo_take"]
-
 _BUILDER = "torch._dynamo.variables.builder"
 _PACKAGE = Path(__file__).parents[1]
 _INNER = ("lstm_ext.call.", "lstm_ext.layer.", "lstm_ext.native.")

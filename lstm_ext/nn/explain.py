@@ -14,8 +14,6 @@ from ..native import config, loader
 from ..options import OPTIONS
 from .lstm import LSTM
 
-__all__ = ["explain"]
-
 
 class Explanation(str):
     """The answer of :func:`explain`."""

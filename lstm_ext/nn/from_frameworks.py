@@ -19,18 +19,6 @@ from ..layer.activations import Activation, activation_text, split_text
 from .frozen import freeze
 from .lstm import LSTM, activations_of
 
-__all__ = [
-    "Direction",
-    "Source",
-    "from_haste",
-    "from_jax",
-    "from_keras",
-    "from_mlx",
-    "from_tensorflow",
-    "from_torch_ao",
-    "to_keras",
-]
-
 Arrays = Mapping[str, Any]
 PEEPHOLES = ("weight_ci", "weight_cf", "weight_co")
 

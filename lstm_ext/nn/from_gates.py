@@ -8,8 +8,6 @@ from torch import Tensor
 from .from_frameworks import Direction, Source
 from .lstm import LSTM
 
-__all__ = ["from_gates"]
-
 
 def from_gates(
     *,

@@ -13,8 +13,6 @@ from ..layer.activations import ACTIVATIONS, ONNX_NAMES, Activation
 from .from_frameworks import Direction, Source
 from .lstm import LSTM
 
-__all__ = ["from_onnx"]
-
 # ONNX names defaults that ONNX Runtime does not have: it takes 0.
 _NO_DEFAULT = ("affine", "scaled_tanh", "thresholded_relu")
 

@@ -21,8 +21,6 @@ from .lstm import LSTM
 from .torch_lstm import TorchLSTM, with_our_forward
 from .unreached import kind_of, modules_of, place_of, where_it_looked
 
-__all__ = ["FrozenLSTM", "FrozenTorchLSTM", "freeze", "unfreeze"]
-
 # Bound now, because patch() replaces them by our classes.
 _torch_class = nn.LSTM
 _CELLS = (nn.LSTMCell, LSTMCell)

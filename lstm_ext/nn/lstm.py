@@ -41,8 +41,6 @@ from .mistakes import batched_states, check_arguments, unpack_hx
 from .scripted import ScriptedLSTM, prepare_to_compile, refuse_scripting
 from .tools import KnownToTools, typed_like
 
-__all__ = ["LSTM"]
-
 # Bound now, because users may replace it by our class.
 _torch_class = nn.LSTM
 _torch_forward = nn.LSTM.forward

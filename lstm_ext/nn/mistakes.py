@@ -11,8 +11,6 @@ from ..call.layout import EMPTY_SEQUENCE
 from ..call.values import described_pair, is_pair
 from ..layer.tracing import any_autocast, is_zero
 
-__all__ = ["batched_states", "check_arguments", "unpack_hx"]
-
 
 def check_arguments(
     layer: nn.RNNBase,

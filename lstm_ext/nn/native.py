@@ -22,8 +22,6 @@ from torch import Tensor
 from ..layer.activations import ACTIVATIONS, activation_text, split_text
 from ..options import OPTIONS, zoneout_pair
 
-__all__ = ["save"]
-
 _MAGIC = b"\x89LSTM\r\n\x1a"
 _FORMAT = 1
 # csrc/library/weights_file.h has the same as a struct.

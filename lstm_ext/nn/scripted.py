@@ -20,8 +20,6 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ..options import OPTIONS
 
-__all__ = ["IgnoredAttributes", "ScriptedLSTM", "prepare_to_compile", "refuse_scripting"]
-
 
 class _ToCompile:
     """A method of the layers that are being compiled. Others lack it, or ``torch.jit.trace`` would compile it too."""

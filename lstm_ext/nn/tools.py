@@ -18,8 +18,6 @@ from torch import nn
 
 from ..native.imports import when_imported
 
-__all__ = ["KnownToTools", "typed_like"]
-
 _Typed = TypeVar("_Typed")
 
 # Tables of tools that count the operations of a layer after each forward pass, by class.

@@ -13,19 +13,6 @@ from torch import nn
 from .cell import LSTMCell
 from .lstm import LSTM
 
-__all__ = [
-    "HIDDEN",
-    "foreign_lstm",
-    "hidden_lstms",
-    "is_or_was_lstm",
-    "kind_of",
-    "modules_of",
-    "nothing_found",
-    "place_of",
-    "where_it_looked",
-]
-
-
 # Bound now, because patch() replaces torch's by our classes.
 _LSTMS = (nn.LSTM, nn.LSTMCell, LSTM, LSTMCell)
 
