@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,18 +10,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from ..layer.tracing import LEGACY_VMAP, any_autocast, is_active
+from ..native import config
 from .layout import JaggedLayout, Layout, PackedLayout
 
-
-def _check_is_on() -> bool:
-    value = os.environ.get("LSTM_EXT_CHECK", "0")
-    if value not in ("", "0", "1"):
-        raise ValueError(f"LSTM_EXT_CHECK is {value!r}, expected 0 or 1")
-    return value == "1"
-
-
 # Whether values on a device are checked there, by an assertion that nobody waits for (LSTM_EXT_CHECK=1).
-CHECK = _check_is_on()
+CHECK = config.chosen("LSTM_EXT_CHECK", "0") == "1"
 
 
 def is_readable(x: Tensor) -> bool:

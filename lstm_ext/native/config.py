@@ -25,7 +25,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,9 +144,13 @@ def is_supported_platform() -> bool:
         return True
 
 
+def minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
 def check_torch(version: str) -> None:
     """Raises BuildError for a torch that the sources are not written for."""
-    if ".".join(version.split(".")[:2]) not in TORCHES:
+    if minor(version) not in TORCHES:
         raise BuildError(
             f"torch {version} is installed, and lstm_ext needs {TORCHES[0]} to {TORCHES[-1]}: "
             f"`pip install 'torch>={TORCHES[0]},<={TORCHES[-1]}.99'`, or install another lstm_ext."
@@ -273,16 +277,8 @@ def digest(directory: Path, *more: str) -> str:
     result = hashlib.sha256()
     for path in sorted(path for kind in SOURCE_KINDS for path in directory.rglob(f"*.{kind}")):
         result.update(path.relative_to(directory).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    flags = (
-        *COMPILE_FLAGS,
-        "--",
-        *NVCC_FLAGS,
-        "--",
-        *ops_link_flags(OPS_LIBRARY),
-        "--",
-        *module_link_flags(OPS_LIBRARY),
-    )
-    for text in (*flags, "--", *more):
+    flags = (COMPILE_FLAGS, NVCC_FLAGS, ops_link_flags(OPS_LIBRARY), module_link_flags(OPS_LIBRARY))
+    for text in (*[text for each in flags for text in (*each, "--")], *more):
         result.update(text.encode() + b"\0")
     return result.hexdigest()[:16]
 
@@ -388,26 +384,26 @@ def compile_flags(cuda: Cuda | None) -> list[str]:
     return [*COMPILE_FLAGS, *([*CUDA_COMPILE_FLAGS, f'-DLSTM_EXT_CUDA_BUILD="{cuda}"'] if cuda else [])]
 
 
+def chosen(
+    variable: str, default: str, choices: Sequence[str] = ("0", "1"), error: type[Exception] = ValueError
+) -> str:
+    """The value of an environment variable. Raises: `error` for a value that is none of the choices."""
+    value = os.environ.get(variable) or default
+    if value not in (default, *choices):
+        known = f"one of {', '.join(choices)}" if len(choices) > 2 else " or ".join(choices)
+        raise error(f"{variable} is {value!r}: set it to {known}, or unset it.")
+    return value
+
+
 def cuda_switch() -> bool | None:
     """LSTM_EXT_CUDA: False for no CUDA kernels, True to require them, None to build them if possible."""
-    value = os.environ.get("LSTM_EXT_CUDA") or None
-    if value not in (None, "0", "1"):
-        raise SwitchError(f"LSTM_EXT_CUDA is {value!r}: set it to 0 or 1, or unset it.")
-    return None if value is None else value == "1"
+    value = chosen("LSTM_EXT_CUDA", "", error=SwitchError)
+    return value == "1" if value else None
 
 
 def requested_cuda_kernel() -> str:
-    """LSTM_EXT_CUDA_KERNEL: the name of a kernel, or "auto".
-
-    Raises:
-        ValueError: there is no such kernel.
-    """
-    value = os.environ.get("LSTM_EXT_CUDA_KERNEL") or "auto"
-    if value not in ("auto", *CUDA_KERNELS):
-        raise ValueError(
-            f"LSTM_EXT_CUDA_KERNEL is {value!r}: set it to one of auto, {', '.join(CUDA_KERNELS)}, or unset it."
-        )
-    return value
+    """LSTM_EXT_CUDA_KERNEL: the name of a kernel, or "auto"."""
+    return chosen("LSTM_EXT_CUDA_KERNEL", "auto", ("auto", *CUDA_KERNELS))
 
 
 def cuda_wait_limit() -> float:
@@ -426,18 +422,6 @@ def cuda_wait_limit() -> float:
             f"LSTM_EXT_CUDA_WAIT_LIMIT is {value!r}: set it to a number of seconds, or unset it."
         )
     return seconds
-
-
-def cuda_check_wanted() -> bool:
-    """LSTM_EXT_CUDA_CHECK: whether the first call on a GPU may try a kernel out.
-
-    Raises:
-        ValueError: it is neither 0 nor 1.
-    """
-    value = os.environ.get("LSTM_EXT_CUDA_CHECK") or "1"
-    if value not in ("0", "1"):
-        raise ValueError(f"LSTM_EXT_CUDA_CHECK is {value!r}: set it to 0 or 1, or unset it.")
-    return value == "1"
 
 
 def no_cuda_wanted(torch_cuda: str | None) -> str | None:

@@ -26,7 +26,6 @@ import torch
 from . import config, jit
 from .config import BuildError
 
-CHOICES = ("auto", "aot", "jit", "torch", "reference")
 _log = logging.getLogger("lstm_ext")
 
 
@@ -185,12 +184,11 @@ def load_built() -> None:
 
 
 def _requested() -> str:
-    value = os.environ.get("LSTM_EXT_BACKEND") or "auto"
-    if value not in CHOICES:
-        raise ValueError(
-            f"LSTM_EXT_BACKEND is {value!r}: set it to one of {', '.join(CHOICES)}, or unset it."
-        )
-    return value
+    return config.chosen("LSTM_EXT_BACKEND", "auto", ("auto", "aot", "jit", "torch", "reference"))
+
+
+def _failed(error: str) -> tuple[_Result, None]:
+    return _Result(None, Status("torch", reason=error), error=error), None
 
 
 def _choose() -> tuple[_Result, str | None]:
@@ -208,25 +206,23 @@ def _choose() -> tuple[_Result, str | None]:
                 result, no_cuda = _cuda_build_before_wheel()
             result = result or _load_aot(no_cuda)
         except (BuildError, ImportError) as error:
-            return _Result(None, Status("torch", reason=str(error)), error=str(error)), None
+            return _failed(str(error))
         if result is not None:
             return result, None
         if requested == "aot":
             problem = _missing_in_wheel() or f"there is no {config.MODULE}"
-            error = f"LSTM_EXT_BACKEND=aot, but {problem}: build it with {build_command()}."
-            return _Result(None, Status("torch", reason=error), error=error), None
+            return _failed(f"LSTM_EXT_BACKEND=aot, but {problem}: build it with {build_command()}.")
 
     try:
         return _load_jit(), None
     except (_Refused, config.SwitchError) as error:
-        return _Result(None, Status("torch", reason=str(error)), error=str(error)), None
+        return _failed(str(error))
     except BuildError as error:
         missing = _missing_in_wheel()
         reason = f"{missing}, and it cannot be built: {error}" if missing else str(error)
     if requested != "auto":
         failed = "the build on first use failed: " if requested == "jit" else ""
-        error = f"LSTM_EXT_BACKEND={requested}, but {failed}{reason}"
-        return _Result(None, Status("torch", reason=error), error=error), None
+        return _failed(f"LSTM_EXT_BACKEND={requested}, but {failed}{reason}")
     return _Result(None, Status("torch", reason=reason)), reason
 
 
@@ -282,13 +278,9 @@ def find_aot() -> Path | None:
     # Searched in this folder only: an editable install may offer the lstm_ext.native._C of another checkout.
     directory = config.LIBRARIES
     # A wheel has a module for each torch and Python.
-    stem = "_C" if _wheel() is None else f"_C-{_minor(torch.__version__)}"
+    stem = "_C" if _wheel() is None else f"_C-{config.minor(torch.__version__)}"
     candidates = (directory / f"{stem}{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
     return next((path for path in candidates if path.is_file()), None)
-
-
-def _minor(version: str) -> str:
-    return ".".join(version.split(".")[:2])
 
 
 def _wheel() -> dict | None:
@@ -302,7 +294,7 @@ def _missing_in_wheel() -> str | None:
     if _wheel() is None or find_aot() is not None:
         return None
     version = f"{sys.version_info[0]}.{sys.version_info[1]}{sys.abiflags}"
-    return f"the wheel has no library for torch {_minor(torch.__version__)} with Python {version}"
+    return f"the wheel has no library for torch {config.minor(torch.__version__)} with Python {version}"
 
 
 def check_record(path: Path) -> dict:
@@ -310,7 +302,7 @@ def check_record(path: Path) -> dict:
     record = config.read_record(path.parent)
     if record is None:
         raise ImportError(f"{path} has no {config.RECORD} beside it: rebuild it with {build_command()}.")
-    if "wheel" not in record and _minor(record["torch"]) != _minor(torch.__version__):
+    if "wheel" not in record and config.minor(record["torch"]) != config.minor(torch.__version__):
         raise ImportError(
             f"{path} was built for torch {record['torch']}, but torch {torch.__version__} is installed: "
             f"rebuild it with {build_command()}."
@@ -338,7 +330,7 @@ def _load_aot(no_cuda_in_wheel: str) -> _Result | None:
         ) from error
     status = _status_of("aot", path, config.ops_library_of(path), record)
     if "wheel" in record:
-        version = record["wheel"].get(_minor(torch.__version__))
+        version = record["wheel"].get(config.minor(torch.__version__))
         status = replace(status, torch_version=version, cuda_reason=no_cuda_in_wheel)
     return _Result(module, status)
 
@@ -370,17 +362,8 @@ def _cuda_build_before_wheel() -> tuple[_Result | None, str]:
 
 
 def _status_of(backend: str, path: Path, ops_path: Path, record: dict) -> Status:
-    return Status(
-        backend,
-        str(path),
-        str(ops_path),
-        None,
-        record["torch"],
-        record.get("compiler"),
-        record.get("sources"),
-        record.get("cuda"),
-        record.get("cuda_reason"),
-    )
+    more = {name: record.get(name) for name in ("compiler", "sources", "cuda", "cuda_reason")}
+    return Status(backend, str(path), str(ops_path), torch_version=record["torch"], **more)
 
 
 # ---- built on first use

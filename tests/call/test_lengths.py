@@ -159,7 +159,7 @@ print(*bad)
     assert (off.returncode, on.returncode) == (0, 0), (off.stderr, on.stderr)
     assert off.stdout.split() == [] and on.stdout.split() == ["lengths", "resets", "order"]
     assert wrong.returncode == 1
-    assert "LSTM_EXT_CHECK is 'yes', expected 0 or 1" in wrong.stderr
+    assert "LSTM_EXT_CHECK is 'yes': set it to 0 or 1" in wrong.stderr
 
 
 def test_meta_and_fake_tensors():
