@@ -17,26 +17,6 @@ from ..native.imports import when_imported
 from .layer_call import OPTION_NAMES, PLAIN, LayerCall, LayerOptions
 from .shapes import check_shapes, weights_per_direction
 
-# Keyed by the names of the operators.
-_fake_kernels: dict[str, Callable[..., Any]] = {}
-_flop_formulas: dict[str, Callable[..., int]] = {}
-
-
-def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def add(function: Callable[..., Any]) -> Callable[..., Any]:
-        _fake_kernels[name] = function
-        return function
-
-    return add
-
-
-def _flops(*names: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    def add(function: Callable[..., int]) -> Callable[..., int]:
-        _flop_formulas.update(dict.fromkeys(names, function))
-        return function
-
-    return add
-
 
 class _Sizes(NamedTuple):
     directions: int
@@ -77,7 +57,6 @@ def _split(layer: Sequence[Any], keywords: dict[str, Any]) -> tuple[LayerCall, d
     return LayerCall(*layer, LayerOptions(**given)), others
 
 
-@_fake("lstm_layer")
 def _fake_layer(*layer: Any, **options: Any) -> tuple[Tensor, ...]:
     return _results(_split(layer, options)[0])
 
@@ -105,7 +84,6 @@ def _results(call: LayerCall) -> tuple[Tensor, ...]:
     )
 
 
-@_fake("lstm_layer_forward")
 def _fake_forward(*layer: Any, **options: Any) -> tuple[Tensor, ...]:
     call, _ = _split(layer, options)
     input = call.input
@@ -127,7 +105,6 @@ def _fake_forward(*layer: Any, **options: Any) -> tuple[Tensor, ...]:
     )
 
 
-@_fake("lstm_layer_backward")
 def _fake_backward(*layer: Any, **keywords: Any) -> list[Tensor]:
     call, others = _split(layer, keywords)
     needs_grad = others["needs_grad"]
@@ -164,13 +141,11 @@ def forward_flops(input: Any, weights: Sequence[Any], has_bias: bool, bidirectio
     return sum(_products(input, _sizes(weights, has_bias, bidirectional)))
 
 
-@_flops("lstm_layer", "lstm_layer_forward")
 def _forward_flops(*layer: Any, **_: Any) -> int:
     call = LayerCall(*layer, PLAIN)
     return forward_flops(call.input, call.weights, call.bias, call.bidirectional)
 
 
-@_flops("lstm_layer_backward")
 def _backward_flops(*layer: Any, needs_grad: Sequence[bool], **_: Any) -> int:
     call = LayerCall(*layer, PLAIN)
     weights = call.weights
@@ -194,6 +169,18 @@ def _backward_flops(*layer: Any, needs_grad: Sequence[bool], **_: Any) -> int:
 # ---- registration
 
 
+_FAKE_KERNELS: dict[str, Callable[..., Any]] = {
+    "lstm_layer": _fake_layer,
+    "lstm_layer_forward": _fake_forward,
+    "lstm_layer_backward": _fake_backward,
+}
+_FLOPS = {
+    "lstm_layer": _forward_flops,
+    "lstm_layer_forward": _forward_flops,
+    "lstm_layer_backward": _backward_flops,
+}
+
+
 def register() -> None:
     """Gives torch the fake kernels and the FLOP counts. The operators' library must be loaded."""
     operators = torch.ops.lstm_ext
@@ -201,9 +188,9 @@ def register() -> None:
     if "_are_registered" in vars(operators):
         return
     operators._are_registered = True
-    for name, function in _fake_kernels.items():
+    for name, function in _FAKE_KERNELS.items():
         torch.library.register_fake(f"lstm_ext::{name}", function)
-    register_flops(_flop_formulas)
+    register_flops(_FLOPS)
 
 
 def register_flops(formulas: dict[str, Callable[..., int]]) -> None:

@@ -243,7 +243,7 @@ def _indirect_layer(call: LayerCall) -> LayerFunction:
         return equations.lstm_layer
     needs_grad = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
     if innermost_transform() is None and (is_active(PRE_DISPATCH) or not needs_grad):
-        return _operator
+        return transforms.operator
     return transforms.lstm_layer
 
 
@@ -265,7 +265,7 @@ def _frozen_layer(tensors: Sequence[Tensor]) -> LayerFunction:
             "LSTM: a frozen layer has its kernels only, and no transforms of torch.func, forward-mode AD, torch.jit "
             "or tensor subclasses: lstm_ext.unfreeze gives a layer that has them"
         )
-    return _operator
+    return transforms.operator
 
 
 def refuse_none(weights: Sequence[Tensor]) -> None:
@@ -399,25 +399,6 @@ def _active_transforms() -> str:
 _active_transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _operator(call: LayerCall) -> LayerResults:
-    options = call.options
-    *results, cells, gates = torch.ops.lstm_ext.lstm_layer(
-        call.input,
-        call.h0,
-        call.c0,
-        list(call.weights),
-        call.batch_sizes,
-        call.bias,
-        call.bidirectional,
-        **options.as_keywords(),
-    )
-    return (
-        *results,
-        cells if options.return_cell_states else None,
-        gates if options.return_gates else None,
-    )
-
-
 def _layer_without_our_operator(call: LayerCall) -> LayerFunction:
     """The function for a plain layer in ``torch.onnx.export``, which knows torch's operators only."""
     # Under dynamo, which the exporter tries last, a dynamic size looks like a number and would become one.
@@ -475,7 +456,7 @@ def given_states(
 
 
 _COMPILED_LAYERS: dict[str, LayerFunction] = {
-    "none": _operator,
+    "none": transforms.operator,
     "grad and vmap": transforms.lstm_layer,
     "others": equations.lstm_layer,
 }

@@ -49,13 +49,21 @@ def are_supported() -> bool:
 
 def lstm_layer(call: LayerCall) -> LayerResults:
     """Arguments, results and shapes are those of `equations.lstm_layer`; call only if `are_supported`."""
-    *results, cells, gates = flat_lstm_layer(tuple(call.signature()), call.batch_sizes, call.tensors())
+    results = flat_lstm_layer(tuple(call.signature()), call.batch_sizes, call.tensors())
+    return _requested(call, results)
+
+
+def operator(call: LayerCall) -> LayerResults:
+    """The layer by the registered operator, which is differentiable once."""
+    layer, options = _operator_arguments(call)
+    return _requested(call, torch.ops.lstm_ext.lstm_layer(*layer, **options))
+
+
+def _requested(call: LayerCall, results: _Tensors) -> LayerResults:
+    """The results of an operator, with None in place of those that were not requested."""
+    *always, cells, gates = results
     options = call.options
-    return (
-        *results,
-        cells if options.return_cell_states else None,
-        gates if options.return_gates else None,
-    )
+    return (*always, cells if options.return_cell_states else None, gates if options.return_gates else None)
 
 
 def flat_lstm_layer(

@@ -194,7 +194,7 @@ def test_numbers(name: str) -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         case = make(name, dtype=dtype)
         kernels = case.through(route.lstm_layer)
-        for function in (route._operator, transforms.lstm_layer):
+        for function in (transforms.operator, transforms.lstm_layer):
             for x, y in zip(case.through(function), kernels, strict=True):
                 assert torch.equal(x, y)
         if dtype == torch.float64:
@@ -207,7 +207,7 @@ def test_numbers(name: str) -> None:
 def test_gradients_of_one_result(name: str, results: tuple[int, ...]) -> None:
     case = make(name)
     expected = case.through(route.lstm_layer, results=results)
-    for x, e in zip(case.through(route._operator, results=results), expected, strict=True):
+    for x, e in zip(case.through(transforms.operator, results=results), expected, strict=True):
         assert torch.equal(x, e)
 
 
