@@ -57,25 +57,28 @@ _pytree._register_namedtuple(LSTMExtras, serialized_type_name="lstm_ext.LSTMExtr
 class Layout:
     """Time-first data with a batch axis, (T, B, ...), and the interface of all layouts."""
 
+    code = 0  # for the extension's lstm_module; -1 for a layout that it does not know
+    is_batch_first = is_step = False
+    batched = True
     # The rank of the user's states; 0 if torch's error for a wrong one is about their sizes.
     state_rank = 3
-    batched = True
     batch_sizes: Tensor | None = None  # for packed data
     # With batch_sizes: h0 and c0 in the user's order.
     initial: tuple[Tensor | None, Tensor | None] = (None, None)
-    code = 0  # for the extension's lstm_module; -1 for a layout that it does not know
 
     def rows(self, input: Any) -> Tensor:
-        """The input in the layers' layout."""
-        return input
-
-    def flags(self, x: Tensor) -> Tensor:
-        """(T, B) for a tensor of the input's shape without features."""
-        return x
+        """A tensor with the input's axes of time and batch, in the layers' layout."""
+        if self.is_batch_first:
+            return input.transpose(0, 1)
+        if self.is_step:  # indexing is quicker than unsqueeze and squeeze
+            return input[None] if self.batched else input[None, None]
+        return input if self.batched else input.unsqueeze(1)
 
     def shape(self, x: Tensor) -> tuple[int, ...]:
         """The user's shape of the input without features, for an ``x`` in the layers' layout."""
-        return tuple(x.shape[:2])
+        if self.is_batch_first:
+            return x.size(1), x.size(0)
+        return tuple(x.shape[:2]) if self.batched else (x.size(0),)
 
     def batch(self, x: Tensor) -> int:
         return x.size(1)
@@ -86,24 +89,22 @@ class Layout:
 
     def restored(self, output: Tensor, h_n: Tensor, c_n: Tensor, extras: LSTMExtras | None) -> Any:
         """The results of the call in the user's layout, given those of the layers."""
+        if self.is_step:
+            output = output[0] if self.batched else output[0, 0]
+        elif not self.batched:
+            output = output.squeeze(1)
+            extras = None if extras is None else extras.map(lambda x: x.squeeze(2))
+        elif self.is_batch_first:
+            output = output.transpose(0, 1)
+            extras = None if extras is None else extras.map(lambda x: x.transpose(1, 2))
+        if not self.batched:
+            h_n, c_n = h_n.squeeze(1), c_n.squeeze(1)
         return (output, (h_n, c_n)) if extras is None else (output, (h_n, c_n), extras)
 
 
 class _BatchFirst(Layout):
     code = 1
-
-    def rows(self, input: Any) -> Tensor:
-        return input.transpose(0, 1)
-
-    def flags(self, x: Tensor) -> Tensor:
-        return x.transpose(0, 1)
-
-    def shape(self, x: Tensor) -> tuple[int, ...]:
-        return x.size(1), x.size(0)
-
-    def restored(self, output: Tensor, h_n: Tensor, c_n: Tensor, extras: LSTMExtras | None) -> Any:
-        y = output.transpose(0, 1)
-        return (y, (h_n, c_n)) if extras is None else (y, (h_n, c_n), extras.map(lambda x: x.transpose(1, 2)))
+    is_batch_first = True
 
 
 class _Unbatched(Layout):
@@ -111,45 +112,19 @@ class _Unbatched(Layout):
     state_rank = 2
     batched = False
 
-    def rows(self, input: Any) -> Tensor:
-        return input.unsqueeze(1)
-
-    def flags(self, x: Tensor) -> Tensor:
-        return x.unsqueeze(1)
-
-    def shape(self, x: Tensor) -> tuple[int, ...]:
-        return (x.size(0),)
-
-    def restored(self, output: Tensor, h_n: Tensor, c_n: Tensor, extras: LSTMExtras | None) -> Any:
-        y, states = output.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
-        return (y, states) if extras is None else (y, states, extras.map(lambda x: x.squeeze(2)))
-
 
 class _Step(Layout):
     """One time step, (B, features)."""
 
     code = 3
-
-    # Indexing is quicker than unsqueeze and squeeze.
-    def rows(self, input: Any) -> Tensor:
-        return input[None]
-
-    def restored(self, output: Tensor, h_n: Tensor, c_n: Tensor, extras: LSTMExtras | None) -> Any:
-        return output[0], (h_n, c_n)
+    is_step = True
 
 
-class _UnbatchedStep(Layout):
+class _UnbatchedStep(_Unbatched):
     """One time step without a batch, (features,)."""
 
     code = 4
-    state_rank = 2
-    batched = False
-
-    def rows(self, input: Any) -> Tensor:
-        return input[None, None]
-
-    def restored(self, output: Tensor, h_n: Tensor, c_n: Tensor, extras: LSTMExtras | None) -> Any:
-        return output[0, 0], (h_n.squeeze(1), c_n.squeeze(1))
+    is_step = True
 
 
 TIME_FIRST, BATCH_FIRST, UNBATCHED = Layout(), _BatchFirst(), _Unbatched()

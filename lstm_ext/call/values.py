@@ -86,7 +86,7 @@ def _per_step(name: str, value: Any, x: Tensor, layout: Layout) -> Tensor:
             f"{name}: expected shape {shape} or {(*shape, 1)}, that of the input without its features, "
             f"got {tuple(value.shape)}"
         )
-    return layout.flags(value)
+    return layout.rows(value)
 
 
 def resets_of(resets: Any, x: Tensor, layout: Layout) -> Tensor:

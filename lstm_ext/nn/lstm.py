@@ -440,7 +440,7 @@ class LSTM(HasOptions, KnownToTools, ScriptedLSTM):
             h0, c0 = unpack_hx(hx)
             rank = layout.state_rank
             if rank == 2 or (rank == 3 and (h0.dim() != 3 or c0.dim() != 3)):
-                h0, c0 = batched_states(h0, c0, rank, layout is STEP or layout is UNBATCHED_STEP)
+                h0, c0 = batched_states(h0, c0, rank, layout.is_step)
         check_arguments(self, x, h0, c0, weights[0][0], state_shapes)
         options = None
         if requested:
@@ -493,8 +493,7 @@ class LSTM(HasOptions, KnownToTools, ScriptedLSTM):
 
     def _traced(self, input: Any, hx: Any, layout: Layout, call_options: CallOptions | None) -> Any:
         """In a trace of ``torch.jit.trace`` or of the older ONNX exporter the layer is torch's, which both support."""
-        is_step = layout is STEP or layout is UNBATCHED_STEP
-        if is_step or call_options is not None or self._given:
+        if layout.is_step or call_options is not None or self._given:
             raise RuntimeError(_NO_TRACE)
         return _torch_forward(self, input, hx)  # type: ignore[call-overload]
 
