@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..layer.tracing import is_zero
+from ..native.imports import constant_for_dynamo
 from .arguments import Requested
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -90,6 +91,7 @@ def _onednn_takes(x: Tensor) -> bool:
     return not is_zero(x.numel()) and _onednn_has(x.dtype, torch.is_grad_enabled())
 
 
+@constant_for_dynamo
 def _onednn_has(dtype: torch.dtype, needs_grad: bool) -> bool:
     """The conditions of at::native::use_mkldnn (aten/src/ATen/native/RNN.cpp)."""
     # torch.export turns oneDNN off while it traces; the exported program runs where oneDNN is on.
@@ -100,7 +102,3 @@ def _onednn_has(dtype: torch.dtype, needs_grad: bool) -> bool:
     if dtype == torch.float16:
         return not needs_grad and torch.ops.mkldnn._is_mkldnn_fp16_supported()
     return dtype == torch.float32
-
-
-# Called by dynamo, not traced.
-_onednn_has._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..layer import cuda_kernels, route
 from ..layer.tracing import KERNEL_DTYPES, in_a_thread, is_plain_eager
 from ..native import config, loader, selftest_record
+from ..native.imports import constant_for_dynamo
 from .arguments import Stack
 from .torch_operator import PlainStack
 
@@ -259,6 +260,7 @@ def _may_measure() -> bool:
     )
 
 
+@constant_for_dynamo
 def _ours_in_graph(
     index: int | None, dtype: torch.dtype, num_layers: int, bidirectional: bool, training: bool, packed: bool
 ) -> bool:
@@ -276,13 +278,9 @@ def _without_sizes(key: str) -> list[str]:
     return [word for word in key.split() if word[0] not in "HPBT"]
 
 
+@constant_for_dynamo
 def _is_here() -> bool:
     return cuda_kernels.has_gpu()
-
-
-# Called by dynamo, not traced.
-_ours_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_is_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _bucket(size: int) -> int:

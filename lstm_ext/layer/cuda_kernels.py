@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ..native import config, loader, selftest_record
+from ..native.imports import constant_for_dynamo
 from . import equations
 from .layer_call import LayerCall, LayerOptions
 from .tracing import in_a_thread
@@ -72,6 +73,7 @@ def is_requested() -> bool:
     return config.requested_cuda_kernel() != "auto" or any([n > 0 for name, n in forced if name != "auto"])
 
 
+@constant_for_dynamo
 def is_forced() -> bool:
     """Whether one kernel has to run, or any of ours."""
     return is_requested() or _forced["auto"] > 0
@@ -168,6 +170,7 @@ _chosen: dict[int | None, bool] = {}  # whether the kernels may run at all
 _found: dict[tuple[int | None, str], bool | None] = {}  # in this process, by device and variant
 
 
+@constant_for_dynamo
 def may_run(index: int | None) -> bool:
     """Whether our kernels may compute on a CUDA device: it runs them, and they have been right there.
 
@@ -185,11 +188,6 @@ def why_not(index: int | None) -> str | None:
     """Why our kernels may not compute on a CUDA device, or None. It tries nothing."""
     device = torch.device("cuda" if index is None else f"cuda:{index}")
     return problem(index) or (None if _is_known_right(device) else NOT_RIGHT)
-
-
-# Called by dynamo, not traced, like `loader.has_kernels`.
-is_forced._dynamo_marked_constant = True  # type: ignore[attr-defined]
-may_run._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(device: torch.device) -> bool:

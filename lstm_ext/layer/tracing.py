@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from ..native.imports import constant_for_dynamo
 
 _T = TypeVar("_T")
 # Bound here, because a lookup through the modules costs time.
@@ -46,23 +48,14 @@ def in_a_thread(device: torch.device, run: Callable[[], _T]) -> _T:
 
     It has the caller's stream. An exception is raised here.
     """
-    found: list[_T] = []
-    errors: list[BaseException] = []
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    stream = torch.cuda.stream(torch.cuda.current_stream(device)) if device.type == "cuda" else None
 
-    def work() -> None:
-        try:
-            with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
-                found.append(run())
-        except BaseException as error:
-            errors.append(error)
+    def work() -> _T:
+        with stream or contextlib.nullcontext():
+            return run()
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return found[0]
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work).result()
 
 
 def are_plain(tensors: Sequence[Tensor | None]) -> bool:
@@ -70,13 +63,10 @@ def are_plain(tensors: Sequence[Tensor | None]) -> bool:
     return all([t is None or type(t) in PLAIN_TYPES for t in tensors])
 
 
+@constant_for_dynamo
 def is_jit_tracing() -> bool:
     """torch.jit.is_tracing(), with less overhead, because every call needs it."""
     return _is_jit_tracing()
-
-
-# Dynamo cannot trace the function; see `loader.has_kernels`.
-is_jit_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_zero(size: int) -> bool:
@@ -88,14 +78,12 @@ def is_zero(size: int) -> bool:
     return size == 0
 
 
+@constant_for_dynamo
 def is_exporting_to_onnx() -> bool:
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
-# Called by dynamo, not traced.
-is_exporting_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
+@constant_for_dynamo
 def onnx_has_our_operator() -> bool:
     """Whether the running export to ONNX was given a translation of our operator.
 
@@ -109,10 +97,6 @@ def onnx_has_our_operator() -> bool:
             return any([str(operator).startswith("lstm_ext.lstm_layer") for operator in table])
         frame = frame.f_back
     return False
-
-
-# Called by dynamo, not traced.
-onnx_has_our_operator._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def leaf_of_graph(

@@ -1,4 +1,4 @@
-"""Calls a function once other code imports a module: to import it here would take seconds, or turn the GIL on."""
+"""Waits for modules that other code imports: to import them here would take seconds, or turn the GIL on."""
 
 from __future__ import annotations
 
@@ -9,9 +9,20 @@ from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 _lock = threading.RLock()
+
+
+def constant_for_dynamo(function: _Function) -> _Function:
+    """Dynamo calls the function where it would trace it, and takes the result for a constant.
+
+    ``torch.compiler.assume_constant_result`` does the same, and imports dynamo, which would take most of the time of
+    importing this package.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def when_imported(name: str, key: str, function: Callable[[ModuleType], None]) -> None:

@@ -25,6 +25,7 @@ import torch
 
 from . import config, jit
 from .config import BuildError
+from .imports import constant_for_dynamo
 
 _log = logging.getLogger("lstm_ext")
 
@@ -126,31 +127,16 @@ def _has_operators() -> bool:
     return bool(torch._C._jit_get_operation("lstm_ext::lstm_layer")[0])
 
 
+@constant_for_dynamo
 def has_kernels() -> bool:
-    """Whether extension() returns a module; a constant for tracers."""
+    """Whether extension() returns a module. Dynamo calls it, so the operators are registered when it reaches them."""
     return extension() is not None
 
 
-# This does the work of torch.compiler.assume_constant_result without importing torch._dynamo, which would take most of
-# the time of importing this package. The compiler calls the function instead of tracing it, so the operators are
-# registered when it reaches them.
-has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
+@constant_for_dynamo
 def wants_equations() -> bool:
     """Whether the equations replace the kernels, and not torch's own operator."""
     return status().backend == "reference"
-
-
-wants_equations._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def has_cuda_kernels() -> bool:
-    """Like `has_kernels`, for CUDA tensors."""
-    return extension() is not None and status().cuda is not None
-
-
-has_cuda_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def status() -> Status:

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..native.imports import when_imported
+from ..native.imports import constant_for_dynamo, when_imported
 
 _Typed = TypeVar("_Typed")
 
@@ -57,6 +57,7 @@ class KnownToTools(nn.Module):
         super().__setattr__(name, value)
 
 
+@constant_for_dynamo
 def _introduce(ours: type[nn.Module], known: type[nn.Module]) -> None:
     """Add ``ours`` beside ``known`` to the tables of the loaded tools, unless it is there."""
     if not ours.__module__.startswith("lstm_ext."):
@@ -69,10 +70,6 @@ def _introduce(ours: type[nn.Module], known: type[nn.Module]) -> None:
     if validators is not None and known in validators.VALIDATORS:
         validators.VALIDATORS.setdefault(ours, _Seen(validators.VALIDATORS[known], known))
         validators.FIXERS.setdefault(ours, _Seen(validators.FIXERS[known], known, replaces=True))
-
-
-# Called by dynamo, not traced.
-_introduce._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _Seen:
