@@ -74,7 +74,7 @@ std::vector<Tensor> differentiable_backward(const LayerCall& call, const lstm_ex
   }
   lstm_ext::Saved::visit(saved, [&](const Tensor& t) { kept.append(or_none(t)); });
   const py::object result =
-      py::module_::import("lstm_ext.layer.eager")
+      py::module_::import("lstm_ext.layer.transforms")
           .attr("differentiable_backward")(call.input, or_none(call.h0), or_none(call.c0), call.weights,
                                            or_none(call.batch_sizes), call.has_bias, call.bidirectional, options, given,
                                            output, kept, needs_grad);

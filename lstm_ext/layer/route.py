@@ -3,8 +3,8 @@
 The routes, chosen in `lstm_layer` and nowhere else (`lstm_cell`, for one step,
 `plain_layers` and `plain_cell` know the first):
 
-1. plain tensors: the compiled function of `eager`, which calls the kernels, and records a step of autograd where a
-   gradient is requested;
+1. plain tensors: a compiled function, which calls the kernels, and records a step of autograd where a gradient is
+   requested;
 2. a compiler, a transform of ``torch.func``, a dispatch mode, fake and meta tensors: one registered operator a layer,
    through `transforms` where something may differentiate it;
 3. forward-mode AD, ``torch.jit.trace``, tensor subclasses, and dtypes and devices without a kernel: the differentiable
@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..native import loader
-from . import cuda_kernels, eager, equations, transforms
+from ..native.imports import constant_for_dynamo
+from . import cuda_kernels, equations, transforms
 from .layer_call import PLAIN, LayerCall, LayerFunction, LayerOptions, LayerResults
 from .shapes import weights_per_direction
 from .tracing import (
@@ -132,7 +133,7 @@ def lstm_layer(call: LayerCall) -> LayerResults:
                     return _recomputed(call)
                 if options.return_gates:  # they are saved anyway
                     call = replace(call, options=replace(options, recompute=False))
-            return eager.lstm_layer(kernels, call)
+            return _directly(kernels, call)
     if options.recompute:
         return _recomputed(call)
     layer = _indirect_layer(call)
@@ -140,6 +141,23 @@ def lstm_layer(call: LayerCall) -> LayerResults:
         _check_packed(call, layer)
         call = _with_known_batch(call)
     return layer(call)
+
+
+def _directly(kernels: Any, call: LayerCall) -> LayerResults:
+    options = call.options
+    return kernels.lstm_layer(
+        call.input,
+        call.h0,
+        call.c0,
+        call.weights,
+        call.batch_sizes,
+        call.bias,
+        call.bidirectional,
+        # The options in the extension's form; None if none is set.
+        options.native
+        if options is PLAIN or options.native is not None
+        else kernels.LayerOptions(**options.as_keywords()),
+    )
 
 
 def plain_layers(
@@ -382,8 +400,12 @@ def _with_known_batch(call: LayerCall) -> LayerCall:
     return replace(call, h0=zeros)
 
 
+@constant_for_dynamo
 def _active_transforms() -> str:
-    """The transforms of ``torch.func`` that are active while dynamo traces: a key of `_COMPILED_LAYERS`."""
+    """The transforms of ``torch.func`` that are active while dynamo traces: a key of `_COMPILED_LAYERS`.
+
+    Dynamo enters the transforms while it traces them.
+    """
     if not torch._C._functorch.get_interpreter_stack():
         return "none"
     if not transforms.are_supported():
@@ -393,10 +415,6 @@ def _active_transforms() -> str:
     # Dynamo cannot trace a Function with a rule for vmap; the stages after dynamo can.
     torch.compiler.allow_in_graph(transforms.flat_lstm_layer)
     return "grad and vmap"
-
-
-# Called by dynamo, not traced, like `loader.has_kernels`: dynamo enters the transforms while it traces them.
-_active_transforms._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _layer_without_our_operator(call: LayerCall) -> LayerFunction:

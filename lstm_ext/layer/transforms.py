@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from . import equations
-from .layer_call import LayerCall, LayerResults, Signature
+from .layer_call import LayerCall, LayerOptions, LayerResults, Signature
 from .tracing import LEGACY_VMAP, is_active
 
 # Types of tensors that the operators accept: those with numbers, and those of their fake kernels.
@@ -122,6 +122,33 @@ def layer_gradients(
         computed = _equation_gradients(signature, needs_grad, batch_sizes, grads, tensors)
     gradient = iter(computed)
     return [next(gradient) if needed else None for needed in needs_grad]
+
+
+def differentiable_backward(
+    input: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    bias: bool,
+    bidirectional: bool,
+    options: dict[str, Any],
+    grads: Sequence[Tensor | None],
+    output: Tensor,
+    saved: Sequence[Tensor | None],
+    needs_grad: Sequence[bool],
+) -> list[Tensor | None]:
+    """The backward pass if its gradients are differentiated, or if a transform or mode intercepts them.
+
+    The compiled function calls it by name. Arguments are those of the kernels' backward pass; the options by name.
+    """
+    call = LayerCall(input, h0, c0, weights, batch_sizes, bias, bidirectional, LayerOptions(**options))
+    if call.options.recompute:
+        saved_results = None
+    else:
+        # In place of a tensor that the layer does not need, the operators have one without elements.
+        saved_results = [output, *[output.new_empty(0) if t is None else t for t in saved]]
+    return layer_gradients(call.signature(), needs_grad, batch_sizes, grads, saved_results, call.tensors())
 
 
 def _equation_gradients(

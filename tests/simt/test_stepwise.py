@@ -22,7 +22,7 @@ from emulated_layer import (
 )
 from torch import Tensor
 
-from lstm_ext.layer import eager
+from lstm_ext.layer import transforms
 from lstm_ext.native import loader
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -317,7 +317,7 @@ class Step(torch.autograd.Function):
         needs_grad = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
             keywords = kernels.keywords
-            gradients = eager.differentiable_backward(*layer, keywords, grads, output, saved, needs_grad)
+            gradients = transforms.differentiable_backward(*layer, keywords, grads, output, saved, needs_grad)
         else:
             gradients = kernels.lstm_layer_backward(*layer, options, *grads, output, saved, needs_grad)
         return None, None, *gradients
