@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
 from .activations import activation_functions
-from .layer_call import LayerCall, LayerResults
+from .layer_call import LayerCall, LayerOptions, LayerResults
 from .shapes import check_shapes, count_mask, weights_per_direction
 from .tracing import any_autocast
 
@@ -46,23 +46,33 @@ def _in_float32(call: LayerCall) -> LayerResults:
     return tuple([r if r is None else r.to(call.input.dtype) for r in results])
 
 
-_LAYER_NORM_EPS = 1e-5
-
-
 def _equations(call: LayerCall) -> LayerResults:
-    input, h0, c0, weights, batch_sizes = call.input, call.h0, call.c0, call.weights, call.batch_sizes
-    bias, bidirectional, options = call.bias, call.bidirectional, call.options
-    directions = 2 if bidirectional else 1
-    numbers = torch.finfo(input.dtype)
-    bound = options.cell_clip and min(max(options.cell_clip, numbers.tiny), numbers.max)
-    gate_bound = options.preactivation_clip and min(
-        max(options.preactivation_clip, numbers.tiny), numbers.max
-    )
-    gate_function, candidate_function, output_function = activation_functions(options.activations)
-    per_set, projected = weights_per_direction(len(weights), bias, bidirectional)
+    input, lengths = call.input, call.options.lengths
     # The number of rows of each step. In dense data it is always the same.
-    sizes = _check_batch_sizes(batch_sizes, input) if batch_sizes is not None else None
-    batch = sizes[0] if sizes else input.size(1)
+    sizes = None if call.batch_sizes is None else _check_batch_sizes(call.batch_sizes, input)
+    if lengths is not None:
+        # Padding may hold any number, and 0 times infinity is not 0 in a gradient.
+        input = _zero_unless(count_mask(lengths, input.size(0)).unsqueeze(-1), input)
+    found = [_direction(call, d, input, sizes) for d in range(2 if call.bidirectional else 1)]
+    outputs, *others = zip(*found, strict=True)
+    output = torch.cat(outputs, dim=-1) if call.bidirectional else outputs[0]
+    return (output, *[None if parts[0] is None else torch.stack(parts) for parts in others])
+
+
+def _normalised(x: Tensor, gain: Tensor, shift: Tensor | None) -> Tensor:
+    return layer_norm(x, gain.shape, gain, shift, eps=1e-5)
+
+
+def _cell(
+    options: LayerOptions, dtype: torch.dtype, norm: Sequence[Tensor], peephole: Sequence[Tensor]
+) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+    """The cell without projection and zoneout: from preactivations and c_{t-1} to h_t, c_t and i, f, g, o."""
+    numbers = torch.finfo(dtype)
+    bound, gate_bound = [
+        clip and min(max(clip, numbers.tiny), numbers.max)
+        for clip in (options.cell_clip, options.preactivation_clip)
+    ]
+    gate_function, candidate_function, output_function = activation_functions(options.activations)
 
     def bounded(z: Tensor) -> Tensor:
         if not gate_bound:
@@ -70,114 +80,94 @@ def _equations(call: LayerCall) -> LayerResults:
         # On the edge no gradient, unlike torch.clamp: the kernels see only the value of the gate.
         return torch.where(z.abs() < gate_bound, z, torch.clamp(z, -gate_bound, gate_bound).detach())
 
+    def step(z: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        i, f, g, o = z.chunk(4, dim=-1)
+        if peephole:
+            i, f = i + peephole[0] * c, f + peephole[1] * c
+        i, g = gate_function(bounded(i)), candidate_function(bounded(g))
+        f = 1 - i if options.coupled_gates else gate_function(bounded(f))
+        c = f * c + i * g
+        if bound:
+            c = torch.clamp(c, -bound, bound)
+        o = gate_function(bounded(o + peephole[2] * c if peephole else o))
+        seen = _normalised(c, norm[2], norm[3] if len(norm) == 4 else None) if norm else c
+        return o * output_function(seen), c, i, f, g, o
+
+    return step
+
+
+def _direction(call: LayerCall, d: int, input: Tensor, sizes: list[int] | None) -> tuple[Tensor | None, ...]:
+    """The output, h_n, c_n, the cell states and the gate values; None where these are not requested."""
+    options, h0, c0 = call.options, call.h0, call.c0
+    per_set, projected = weights_per_direction(len(call.weights), call.bias, call.bidirectional)
+    w_ih, w_hh, *rest = call.weights[d * per_set : (d + 1) * per_set]
+    b_ih, b_hh = rest[:2] if call.bias else (None, None)
+    count = len(options.norm) // (2 if call.bidirectional else 1)
+    norm = options.norm[d * count : (d + 1) * count]
+    peephole = options.peephole[3 * d : 3 * (d + 1)]
+    if peephole:  # with coupled gates, the weight of f gets zeros, and not nothing, as its gradient
+        peephole = torch.stack(list(peephole)).unbind()
+    cell = _cell(options, input.dtype, norm, peephole)
+
     def by_step(x: Tensor) -> Sequence[Tensor]:
         return x.split(sizes) if sizes else x.unbind(0)
 
-    def join(steps: list[Tensor]) -> Tensor:
-        return torch.cat(steps) if sizes else torch.stack(steps)
+    def join(steps: list[Tensor]) -> Tensor | None:
+        steps = steps[::-1] if d == 1 else steps
+        return None if not steps else torch.cat(steps) if sizes else torch.stack(steps)
 
     resets = None if options.resets is None else by_step(options.resets.unsqueeze(-1))
     lengths = None if options.lengths is None else options.lengths.unsqueeze(-1)
-    if options.lengths is not None:
-        # Padding may hold any number, and 0 times infinity is not 0 in a gradient.
-        input = _zero_unless(count_mask(options.lengths, input.size(0)).unsqueeze(-1), input)
-    outputs, h_n, c_n, all_cells, all_gates = [], [], [], [], []
-    for d in range(directions):
-        w_ih, w_hh, *rest = weights[d * per_set : (d + 1) * per_set]
-        b_ih, b_hh = rest[:2] if bias else (None, None)
-        w_hr = rest[-1] if projected else None
-        hidden = w_hh.size(0) // 4
-        norm = options.norm[d * len(options.norm) // directions : (d + 1) * len(options.norm) // directions]
-        peephole = options.peephole[3 * d : 3 * (d + 1)]
-        if peephole:  # with coupled gates, the weight of f gets zeros, and not nothing, as its gradient
-            peephole = torch.stack(list(peephole)).unbind()
-        mask = None if options.recurrent_mask is None else options.recurrent_mask[d]
-        keep_h, keep_c = [
-            None if keep is None else by_step(keep[d]) for keep in (options.keep_h, options.keep_c)
-        ]
-        reset_h, reset_c = [None if x is None else x[d] for x in (options.reset_h, options.reset_c)]
-        h_start = h0[d] if h0 is not None else input.new_zeros(batch, w_hh.size(1))
-        c_start = c0[d] if c0 is not None else input.new_zeros(batch, hidden)
+    mask = None if options.recurrent_mask is None else options.recurrent_mask[d]
+    keep_h, keep_c = [None if keep is None else by_step(keep[d]) for keep in (options.keep_h, options.keep_c)]
+    reset_h, reset_c = [None if x is None else x[d] for x in (options.reset_h, options.reset_c)]
+    batch = sizes[0] if sizes else input.size(1)
+    h_start = h0[d] if h0 is not None else input.new_zeros(batch, w_hh.size(1))
+    c_start = c0[d] if c0 is not None else input.new_zeros(batch, w_hh.size(0) // 4)
 
-        # The input's share of the gates needs no earlier step: one product for all of them.
-        if norm:
-            from_input = layer_norm(linear(input, w_ih), (4 * hidden,), norm[0], b_ih, eps=_LAYER_NORM_EPS)
-        else:
-            from_input = linear(input, w_ih, b_ih)
-        gates_of_step = by_step(from_input)
-        order = range(len(gates_of_step))
-        h, c = h_start, c_start
-        if d == 1:
-            order = order[::-1]
-            h, c = h[: gates_of_step[-1].size(0)], c[: gates_of_step[-1].size(0)]
-        steps, cells, gates = [], [], []
-        ended: list[tuple[Tensor, Tensor]] = []
-        for t in order:
-            rows = gates_of_step[t].size(0)
-            if rows < h.size(0):  # some sequences have ended
-                ended.append((h[rows:], c[rows:]))
-                h, c = h[:rows], c[:rows]
-            if resets is not None and (d == 0 or t + 1 < len(order)):
-                # A flag cuts between the times t - 1 and t, so the reverse direction reads those of t + 1.
-                cut = resets[t + d]
-                h, c = _replaced(h, reset_h, cut), _replaced(c, reset_c, cut)
-            if rows > h.size(0):  # in the reverse direction, some begin
-                h = torch.cat([h, h_start[h.size(0) : rows]])
-                c = torch.cat([c, c_start[c.size(0) : rows]])
-            seen = h if mask is None else h * mask[:rows]
-            if norm:
-                from_state = layer_norm(linear(seen, w_hh), (4 * hidden,), norm[1], b_hh, eps=_LAYER_NORM_EPS)
-            else:
-                from_state = linear(seen, w_hh, b_hh)
-            i, f, g, o = (gates_of_step[t] + from_state).chunk(4, dim=-1)
-            if peephole:
-                i, f = i + peephole[0] * c, f + peephole[1] * c
-            i, g = gate_function(bounded(i)), candidate_function(bounded(g))
-            f = 1 - i if options.coupled_gates else gate_function(bounded(f))
-            new_c = f * c + i * g
-            if bound:
-                new_c = torch.clamp(new_c, -bound, bound)
-            o = gate_function(bounded(o + peephole[2] * new_c if peephole else o))
-            visible = new_c
-            if norm:
-                shift = norm[3] if len(norm) == 4 else None
-                visible = layer_norm(new_c, (hidden,), norm[2], shift, eps=_LAYER_NORM_EPS)
-            new_h = o * output_function(visible)
-            if w_hr is not None:
-                new_h = linear(new_h, w_hr)
-            new_c = _zone_out(new_c, c, None if keep_c is None else keep_c[t], options.zoneout_c)
-            new_h = _zone_out(new_h, h, None if keep_h is None else keep_h[t], options.zoneout_h)
+    # The input's share of the gates needs no earlier step: one product for all of them.
+    from_input = _normalised(linear(input, w_ih), norm[0], b_ih) if norm else linear(input, w_ih, b_ih)
+    gates_of_step = by_step(from_input)
+    order = range(len(gates_of_step))
+    h, c = h_start, c_start
+    if d == 1:
+        order = order[::-1]
+        h, c = h[: gates_of_step[-1].size(0)], c[: gates_of_step[-1].size(0)]
+    steps: list[Tensor] = []
+    cells: list[Tensor] = []
+    gates: list[Tensor] = []
+    ended: list[tuple[Tensor, Tensor]] = []
+    for t in order:
+        rows = gates_of_step[t].size(0)
+        if rows < h.size(0):  # some sequences have ended
+            ended.append((h[rows:], c[rows:]))
+            h, c = h[:rows], c[:rows]
+        if resets is not None and (d == 0 or t + 1 < len(order)):
+            # A flag cuts between the times t - 1 and t, so the reverse direction reads those of t + 1.
+            cut = resets[t + d]
+            h, c = _replaced(h, reset_h, cut), _replaced(c, reset_c, cut)
+        if rows > h.size(0):  # in the reverse direction, some begin
+            h = torch.cat([h, h_start[h.size(0) : rows]])
+            c = torch.cat([c, c_start[c.size(0) : rows]])
+        seen = h if mask is None else h * mask[:rows]
+        from_state = _normalised(linear(seen, w_hh), norm[1], b_hh) if norm else linear(seen, w_hh, b_hh)
+        new_h, new_c, *values = cell(gates_of_step[t] + from_state, c)
+        if projected:
+            new_h = linear(new_h, rest[-1])
+        new_c = _zone_out(new_c, c, None if keep_c is None else keep_c[t], options.zoneout_c)
+        new_h = _zone_out(new_h, h, None if keep_h is None else keep_h[t], options.zoneout_h)
 
-            if lengths is None:
-                h, c = new_h, new_c
-                steps.append(h)
-            else:
-                counts = lengths > t
-                h, c = torch.where(counts, new_h, h), torch.where(counts, new_c, c)
-                steps.append(_zero_unless(counts, new_h))
-            if options.return_cell_states:
-                cells.append(c if lengths is None else _zero_unless(counts, c))
-            if options.return_gates:
-                of_step = torch.stack([i, f, g, o], dim=-1)
-                gates.append(of_step if lengths is None else _zero_unless(counts.unsqueeze(-1), of_step))
-        ended.append((h, c))
-        if d == 1:
-            for values in (steps, cells, gates):
-                values.reverse()
-        outputs.append(join(steps))
-        h_n.append(torch.cat([h for h, _ in ended[::-1]]))
-        c_n.append(torch.cat([c for _, c in ended[::-1]]))
+        counts = None if lengths is None else lengths > t
+        h, c = _where(counts, new_h, h), _where(counts, new_c, c)
+        steps.append(_zero_unless(counts, new_h))
         if options.return_cell_states:
-            all_cells.append(join(cells))
+            cells.append(_zero_unless(counts, c))
         if options.return_gates:
-            all_gates.append(join(gates))
-    return (
-        torch.cat(outputs, dim=-1) if bidirectional else outputs[0],
-        torch.stack(h_n),
-        torch.stack(c_n),
-        torch.stack(all_cells) if all_cells else None,
-        torch.stack(all_gates) if all_gates else None,
-    )
+            of_step = torch.stack(values, dim=-1)
+            gates.append(_zero_unless(None if counts is None else counts.unsqueeze(-1), of_step))
+    ended.append((h, c))
+    h_n, c_n = [torch.cat(parts) for parts in zip(*ended[::-1], strict=True)]
+    return join(steps), h_n, c_n, join(cells), join(gates)
 
 
 def _replaced(state: Tensor, by: Tensor | None, where: Tensor) -> Tensor:
@@ -185,8 +175,13 @@ def _replaced(state: Tensor, by: Tensor | None, where: Tensor) -> Tensor:
     return torch.where(where, state.new_zeros(()) if by is None else by[: state.size(0)], state)
 
 
-def _zero_unless(counts: Tensor, x: Tensor) -> Tensor:
-    return torch.where(counts, x, x.new_zeros(()))
+def _where(counts: Tensor | None, x: Tensor, otherwise: Tensor) -> Tensor:
+    """``x`` in the rows that count; None stands for all."""
+    return x if counts is None else torch.where(counts, x, otherwise)
+
+
+def _zero_unless(counts: Tensor | None, x: Tensor) -> Tensor:
+    return x if counts is None else torch.where(counts, x, x.new_zeros(()))
 
 
 def _zone_out(new: Tensor, old: Tensor, keep: Tensor | None, share: float) -> Tensor:
