@@ -14,38 +14,10 @@ sys.modules[spec.name] = config  # where its dataclass looks for it
 spec.loader.exec_module(config)
 
 
-def extension_arguments() -> dict:
-    try:
-        import torch
-    except ModuleNotFoundError as error:
-        sys.exit(f"error: no module named {error.name}: {config.INSTALL_TORCH}.")
-
-    try:
-        config.check_torch(torch.__version__)
-        config.check_headers()
-        command, compiler = config.find_compiler()
-        cuda, cuda_reason = config.choose_cuda(torch.version.cuda)
-        sets = config.cpu_sets()
-        kernels, operators, module_sources = config.split_sources(
-            ROOT / "csrc", cuda is not None, sets, ROOT / "build"
-        )
-    except config.BuildError as error:
-        sys.exit(f"error: {error} (LSTM_EXT_SKIP_BUILD=1 installs without the compiled extension.)")
-    if cuda_reason and torch.version.cuda:
-        print(f"warning: the extension is built without CUDA kernels: {cuda_reason}", file=sys.stderr)
-    os.environ.setdefault("CXX", command)
-    os.environ["PATH"] = config.search_path()
-    if cuda:
-        # Read when cpp_extension is imported.
-        os.environ |= {"CUDA_HOME": str(cuda.home), "TORCH_CUDA_ARCH_LIST": cuda.architectures}
-    try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths, library_paths
-    except ModuleNotFoundError as error:
-        sys.exit(f"error: no module named {error.name}: {config.INSTALL_TORCH}.")
-
-    built = {"cuda": str(cuda) if cuda else None, "cpu_sets": ",".join(sets)}
-    device = "cuda" if cuda else "cpu"
-    of_module = {path.stem for path in module_sources}
+def build_command(compiler: str, cuda_reason: str | None, built: dict, of_module: set[str]) -> type:
+    """The command build_ext. `built`: of the record; `of_module`: the stems of the sources of the Python module."""
+    import torch
+    from torch.utils.cpp_extension import BuildExtension
 
     class BuildAndRecord(BuildExtension):
         """Leaves beside the libraries a record of the torch that they were built for."""
@@ -101,6 +73,41 @@ def extension_arguments() -> dict:
         def get_outputs(self):
             return [*super().get_outputs(), str(Path(self.build_lib) / "lstm_ext" / "native" / config.RECORD)]
 
+    return BuildAndRecord
+
+
+def extension_arguments() -> dict:
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: no module named {error.name}: {config.INSTALL_TORCH}.")
+
+    try:
+        config.check_torch(torch.__version__)
+        config.check_headers()
+        command, compiler = config.find_compiler()
+        cuda, cuda_reason = config.choose_cuda(torch.version.cuda)
+        sets = config.cpu_sets()
+        kernels, operators, module_sources = config.split_sources(
+            ROOT / "csrc", cuda is not None, sets, ROOT / "build"
+        )
+    except config.BuildError as error:
+        sys.exit(f"error: {error} (LSTM_EXT_SKIP_BUILD=1 installs without the compiled extension.)")
+    if cuda_reason and torch.version.cuda:
+        print(f"warning: the extension is built without CUDA kernels: {cuda_reason}", file=sys.stderr)
+    os.environ.setdefault("CXX", command)
+    os.environ["PATH"] = config.search_path()
+    if cuda:
+        # Read when cpp_extension is imported.
+        os.environ |= {"CUDA_HOME": str(cuda.home), "TORCH_CUDA_ARCH_LIST": cuda.architectures}
+    try:
+        from torch.utils.cpp_extension import CppExtension, include_paths, library_paths
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: no module named {error.name}: {config.INSTALL_TORCH}.")
+
+    built = {"cuda": str(cuda) if cuda else None, "cpu_sets": ",".join(sets)}
+    device = "cuda" if cuda else "cpu"
+
     def extension(name, sources, compile_flags, link_flags):
         # As system headers, so that our warnings are about our code.
         header_dirs = [*include_paths(device), *(cuda.header_dirs if cuda else ())]
@@ -128,7 +135,11 @@ def extension_arguments() -> dict:
         ops.libraries += ["cudart", "c10_cuda", "torch_cuda"]
     # It is linked in build_extension, when it is known where ops is.
     module = extension(config.MODULE, all_sources, flags, [])
-    return {"ext_modules": [ops, module], "cmdclass": {"build_ext": BuildAndRecord}}
+    of_module = {path.stem for path in module_sources}
+    return {
+        "ext_modules": [ops, module],
+        "cmdclass": {"build_ext": build_command(compiler, cuda_reason, built, of_module)},
+    }
 
 
 def prebuilt_arguments(libraries: Path) -> dict:
