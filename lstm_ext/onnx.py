@@ -279,83 +279,117 @@ def _scan(call: LayerCall, d: int) -> tuple[Any, ...]:
     per_set, projected = weights_per_direction(len(call.weights), call.bias, call.bidirectional)
     w_ih, w_hh, *rest = call.weights[d * per_set : (d + 1) * per_set]
     b_ih, b_hh = rest[:2] if call.bias else (None, None)
-    w_hr = rest[-1] if projected else None
     state, hidden = w_hh.shape[1], w_hh.shape[0] // 4
     norm = options.norm[d * len(options.norm) // directions : (d + 1) * len(options.norm) // directions]
-    peephole = options.peephole[3 * d : 3 * (d + 1)]
     dtype = ir.DataType.FLOAT if x.dtype is None else x.dtype
+
+    def transposed(weight: Any) -> Any:
+        return op.Transpose(weight, perm=[1, 0])
+
+    def of_direction(given: Any) -> Any:
+        return op.Gather(given, op.Constant(value_int=d), axis=0)
+
+    size = op.Shape(x, start=1, end=2)
+    zero = op.Constant(value=ir.tensor(0.0, dtype=dtype))
+    initial = [
+        op.Expand(zero, op.Concat(size, op.Constant(value_ints=[features]), axis=0))
+        if given is None
+        else of_direction(given)
+        for given, features in ((call.h0, state), (call.c0, hidden))
+    ]
+    # The states of resets are carried along, because OpenVINO takes no results of other nodes in a body.
+    if options.reset_h is not None:
+        initial += [of_direction(options.reset_h), of_direction(options.reset_c)]
+    products = op.MatMul(x, transposed(w_ih))
+    if norm:
+        products = _normalised(products, norm[0], b_ih)
+    elif b_ih is not None:
+        products = op.Add(products, op.Add(b_ih, b_hh))
+    recurrent, projection = transposed(w_hh), transposed(rest[-1]) if projected else None
+    scanned = [products, *_flags_of_steps(call, d)]
+    peephole = options.peephole[3 * d : 3 * (d + 1)]
+    inputs, results, body = _body(
+        options, dtype, recurrent, projection, (norm, b_hh), peephole, (state, hidden)
+    )
+    backwards = [int(d == 1)]
+    node = ir.node(
+        "Scan",
+        [*initial, *scanned],
+        {
+            "body": ir.Graph(inputs, results, nodes=body, name=f"step_{next(_NUMBERS)}"),
+            "num_scan_inputs": len(scanned),
+            "scan_input_directions": backwards * len(scanned),
+            "scan_output_directions": backwards * (len(results) - len(initial)),
+        },
+        num_outputs=len(results),
+    )
+    evaluator.default().nodes.append(node)
+    for value in node.outputs:
+        value.dtype = dtype
+    h_n, c_n, *rest = node.outputs
+    output, *extras = rest[len(initial) - 2 :]
+    cells = extras.pop(0) if options.return_cell_states else None
+    return output, h_n, c_n, cells, extras[0] if options.return_gates else None
+
+
+def _flags_of_steps(call: LayerCall, d: int) -> list[Any]:
+    """The resets and the steps that count, each (T, B, 1), where there are such options."""
+    from onnxscript import opset18 as op
+
+    resets, lengths = call.options.resets, call.options.lengths
+    last = op.Constant(value_ints=[-1])
+    found = []
+    if resets is not None:
+        if d == 1:  # a flag cuts between the times t - 1 and t
+            ends = [op.Constant(value_ints=[n]) for n in (0, 1, 2**62)]
+            none = op.Slice(resets, ends[0], ends[1], ends[0])
+            none = op.And(none, op.Not(none))
+            resets = op.Concat(op.Slice(resets, ends[1], ends[2], ends[0]), none, axis=0)
+        found.append(op.Unsqueeze(resets, last))
+    if lengths is not None:
+        steps = op.Squeeze(op.Shape(call.input, start=0, end=1), op.Constant(value_ints=[0]))
+        times = op.Range(op.Constant(value_int=0), steps, op.Constant(value_int=1))
+        counts = op.Less(
+            op.Unsqueeze(times, op.Constant(value_ints=[1])),
+            op.Unsqueeze(lengths, op.Constant(value_ints=[0])),
+        )
+        found.append(op.Unsqueeze(counts, last))
+    return found
+
+
+def _body(
+    options: LayerOptions,
+    dtype: Any,
+    recurrent: Any,
+    projection: Any,
+    of_norm: tuple[Sequence[Any], Any],
+    peephole: Sequence[Any],
+    sizes: tuple[int, int],
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """One step: the inputs of the body of a ``Scan``, its results and its nodes. ``sizes``: those of h and c."""
+    from onnxscript import evaluator, ir
+    from onnxscript import opset18 as op
+
+    norm, b_hh = of_norm
 
     def number(value: float) -> Any:
         # A node of its own: the recorder shares those it makes of plain numbers, and one of a body is not seen outside.
         return op.Constant(value=ir.tensor(float(value), dtype=dtype))
 
-    def transposed(weight: Any) -> Any:
-        return op.Transpose(weight, perm=[1, 0])
-
-    def normalised(y: Any, gain: Any, shift: Any) -> Any:
-        found = op.LayerNormalization(y, gain, shift, axis=-1, epsilon=1e-5)
-        return found[0] if isinstance(found, (tuple, list)) else found
-
-    size = op.Shape(x, start=1, end=2)
-    initial = []
-    for given, features in ((call.h0, state), (call.c0, hidden)):
-        if given is None:
-            initial.append(
-                op.Expand(number(0.0), op.Concat(size, op.Constant(value_ints=[features]), axis=0))
-            )
-        else:
-            initial.append(op.Gather(given, op.Constant(value_int=d), axis=0))
-    # The states of resets are carried along, because OpenVINO takes no results of other nodes in a body.
-    resets_to = []
-    if options.reset_h is not None:
-        resets_to = [
-            op.Gather(given, op.Constant(value_int=d), axis=0) for given in (options.reset_h, options.reset_c)
-        ]
-
-    products = op.MatMul(x, transposed(w_ih))
-    if norm:
-        products = normalised(products, norm[0], b_ih)
-    elif b_ih is not None:
-        products = op.Add(products, op.Add(b_ih, b_hh))
-    recurrent, projection = transposed(w_hh), None if w_hr is None else transposed(w_hr)
-    last = op.Constant(value_ints=[-1])
-    scanned = [products]
-    if options.resets is not None:
-        flags = options.resets
-        if d == 1:  # a flag cuts between the times t - 1 and t
-            rest_of = op.Slice(
-                flags,
-                op.Constant(value_ints=[1]),
-                op.Constant(value_ints=[2**62]),
-                op.Constant(value_ints=[0]),
-            )
-            none = op.Slice(
-                flags, op.Constant(value_ints=[0]), op.Constant(value_ints=[1]), op.Constant(value_ints=[0])
-            )
-            none = op.And(none, op.Not(none))
-            flags = op.Concat(rest_of, none, axis=0)
-        scanned.append(op.Unsqueeze(flags, last))
-    if options.lengths is not None:
-        steps = op.Squeeze(op.Shape(x, start=0, end=1), op.Constant(value_ints=[0]))
-        times = op.Range(op.Constant(value_int=0), steps, op.Constant(value_int=1))
-        counts = op.Less(
-            op.Unsqueeze(times, op.Constant(value_ints=[1])),
-            op.Unsqueeze(options.lengths, op.Constant(value_ints=[0])),
+    def entry(features: int, kind: Any = dtype) -> Any:
+        return ir.Value(
+            name=f"step_{next(_NUMBERS)}", shape=ir.Shape([None, features]), type=ir.TensorType(kind)
         )
-        scanned.append(op.Unsqueeze(counts, last))
+
+    def mixed(new: Any, old: Any, share: float) -> Any:
+        return op.Add(new, op.Mul(number(share), op.Sub(old, new))) if share else new
 
     recorder = evaluator.default()
     outer, recorder.nodes = recorder.nodes, []
     try:
-
-        def entry(features: int, kind: Any) -> Any:
-            return ir.Value(
-                name=f"step_{next(_NUMBERS)}", shape=ir.Shape([None, features]), type=ir.TensorType(kind)
-            )
-
-        h, c = entry(state, dtype), entry(hidden, dtype)
-        carried = [entry(features, dtype) for features in (state, hidden)] if resets_to else []
-        inputs = [h, c, *carried, z := entry(4 * hidden, dtype)]
+        h, c = [entry(features) for features in sizes]
+        carried = [entry(features) for features in sizes] if options.reset_h is not None else []
+        inputs = [h, c, *carried, z := entry(4 * sizes[1])]
         if options.resets is not None:
             inputs.append(cut := entry(1, ir.DataType.BOOL))
             into = carried or [number(0.0)] * 2
@@ -364,30 +398,9 @@ def _scan(call: LayerCall, d: int) -> tuple[Any, ...]:
         if options.lengths is not None:
             inputs.append(counts := entry(1, ir.DataType.BOOL))
         product = op.MatMul(h, recurrent)
-        z = op.Add(z, normalised(product, norm[1], b_hh) if norm else product)
-        i, f, g, o = op.Split(z, num_outputs=4, axis=-1)
-        gate, candidate, visible = [
-            _function(name, values, number) for name, values in split_text(options.activations)
-        ]
-
-        def bounded(y: Any, bound: float) -> Any:
-            return op.Clip(y, number(-bound), number(bound)) if bound else y
-
-        if peephole:
-            i, f = op.Add(i, op.Mul(peephole[0], c)), op.Add(f, op.Mul(peephole[1], c))
-        i, f, g = [bounded(y, options.preactivation_clip) for y in (i, f, g)]
-        i, g = gate(i), candidate(g)
-        f = op.Sub(number(1.0), i) if options.coupled_gates else gate(f)
-        new_c = bounded(op.Add(op.Mul(f, c), op.Mul(i, g)), options.cell_clip)
-        o = op.Add(o, op.Mul(peephole[2], new_c)) if peephole else o
-        o = gate(bounded(o, options.preactivation_clip))
-        seen = normalised(new_c, norm[2], norm[3] if len(norm) == 4 else None) if norm else new_c
-        new_h = op.Mul(o, visible(seen))
+        z = op.Add(z, _normalised(product, norm[1], b_hh) if norm else product)
+        new_h, new_c, *gates = _cell(options, norm, peephole, number, z, c)
         new_h = new_h if projection is None else op.MatMul(new_h, projection)
-
-        def mixed(new: Any, old: Any, share: float) -> Any:
-            return op.Add(new, op.Mul(number(share), op.Sub(old, new))) if share else new
-
         new_c, new_h = mixed(new_c, c, options.zoneout_c), mixed(new_h, h, options.zoneout_h)
 
         def unless_ended(y: Any, otherwise: Any) -> Any:
@@ -398,37 +411,56 @@ def _scan(call: LayerCall, d: int) -> tuple[Any, ...]:
         if options.return_cell_states:
             results.append(unless_ended(new_c, zero))
         if options.return_gates:
-            gates = op.Concat(*[op.Unsqueeze(y, last) for y in (i, f, g, o)], axis=-1)
+            last = op.Constant(value_ints=[-1])
+            values = op.Concat(*[op.Unsqueeze(y, last) for y in gates], axis=-1)
             ended = None if counts is None else op.Unsqueeze(counts, last)
-            results.append(gates if ended is None else op.Where(ended, gates, zero))
+            results.append(values if ended is None else op.Where(ended, values, zero))
         # The results of a body are values of their own.
         results = [op.Identity(y) for y in results]
         body = recorder.nodes
-        for value in [
-            value for node in body for value in node.outputs
-        ]:  # no two of a model may have one name
-            value.name = f"step_{next(_NUMBERS)}"
     finally:
         recorder.nodes = outer
-    backwards = [int(d == 1)]
-    node = ir.node(
-        "Scan",
-        [*initial, *resets_to, *scanned],
-        {
-            "body": ir.Graph(inputs, results, nodes=body, name=f"step_{next(_NUMBERS)}"),
-            "num_scan_inputs": len(scanned),
-            "scan_input_directions": backwards * len(scanned),
-            "scan_output_directions": backwards * (len(results) - 2 - len(resets_to)),
-        },
-        num_outputs=len(results),
-    )
-    recorder.nodes.append(node)
-    for value in node.outputs:
-        value.dtype = dtype
-    h_n, c_n, *rest = node.outputs
-    output, *extras = rest[len(resets_to) :]
-    cells = extras.pop(0) if options.return_cell_states else None
-    return output, h_n, c_n, cells, extras[0] if options.return_gates else None
+    for value in [value for node in body for value in node.outputs]:  # no two of a model may have one name
+        value.name = f"step_{next(_NUMBERS)}"
+    return inputs, results, body
+
+
+def _cell(
+    options: LayerOptions,
+    norm: Sequence[Any],
+    peephole: Sequence[Any],
+    number: Callable[[float], Any],
+    z: Any,
+    c: Any,
+) -> tuple[Any, ...]:
+    """The cell of `equations`, without projection and zoneout: h_t, c_t and i, f, g, o."""
+    from onnxscript import opset18 as op
+
+    gate, candidate, visible = [
+        _function(name, values, number) for name, values in split_text(options.activations)
+    ]
+
+    def bounded(y: Any, bound: float) -> Any:
+        return op.Clip(y, number(-bound), number(bound)) if bound else y
+
+    i, f, g, o = op.Split(z, num_outputs=4, axis=-1)
+    if peephole:
+        i, f = op.Add(i, op.Mul(peephole[0], c)), op.Add(f, op.Mul(peephole[1], c))
+    i, f, g = [bounded(y, options.preactivation_clip) for y in (i, f, g)]
+    i, g = gate(i), candidate(g)
+    f = op.Sub(number(1.0), i) if options.coupled_gates else gate(f)
+    c = bounded(op.Add(op.Mul(f, c), op.Mul(i, g)), options.cell_clip)
+    o = op.Add(o, op.Mul(peephole[2], c)) if peephole else o
+    o = gate(bounded(o, options.preactivation_clip))
+    seen = _normalised(c, norm[2], norm[3] if len(norm) == 4 else None) if norm else c
+    return op.Mul(o, visible(seen)), c, i, f, g, o
+
+
+def _normalised(y: Any, gain: Any, shift: Any) -> Any:
+    from onnxscript import opset18 as op
+
+    found = op.LayerNormalization(y, gain, shift, axis=-1, epsilon=1e-5)
+    return found[0] if isinstance(found, (tuple, list)) else found
 
 
 _NUMBERS = itertools.count()
