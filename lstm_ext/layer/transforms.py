@@ -255,23 +255,6 @@ def _one_by_one(
     return stacked, (0,) * len(stacked)
 
 
-def _vmap(
-    rule: Callable[[int, _Dims, Sequence[Any]], tuple[_Tensors, _Dims]],
-    samples: int,
-    in_dims: _Dims,
-    args: Sequence[Any],
-) -> tuple[_Tensors, _Dims]:
-    if samples > 0:
-        return rule(samples, in_dims, args)
-    # No samples: computes one sample of zeros for the shapes, and keeps none of it.
-    one = [
-        a.sum(d, keepdim=True).to(a.dtype) if isinstance(a, Tensor) and d is not None else a
-        for a, d in zip(args, in_dims, strict=True)
-    ]
-    results, dims = rule(1, in_dims, one)
-    return tuple([x if d is None else x.narrow(d, 0, 0) for x, d in zip(results, dims, strict=True)]), dims
-
-
 def _saved_tensors(ctx: Any) -> list[Any]:
     """The saved tensors, without the wrappers of a transform that is over (a function from ``vjp`` outlives it)."""
     return [t if t is None else torch._C._functorch.unwrap_if_dead(t) for t in ctx.saved_tensors]
@@ -295,7 +278,28 @@ def _split_tensors(
     return tuple(parted), tuple([None if e else joining.axis(a) for e, a in zip(empty, axes, strict=True)])
 
 
-class _LayerFunction(torch.autograd.Function):
+class _Batched(torch.autograd.Function):
+    """A function with a rule for vmap."""
+
+    # _rule(samples, in_dims, args): the results for one sample or more, and the axes of the samples in them.
+    _rule: Callable[..., tuple[_Tensors, _Dims]]
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: _Dims, *args: Any) -> tuple[_Tensors, _Dims]:
+        if info.batch_size > 0:
+            return cls._rule(info.batch_size, in_dims, args)
+        # No samples: computes one sample of zeros for the shapes, and keeps none of it.
+        one = [
+            a.sum(d, keepdim=True).to(a.dtype) if isinstance(a, Tensor) and d is not None else a
+            for a, d in zip(args, in_dims, strict=True)
+        ]
+        results, dims = cls._rule(1, in_dims, one)
+        return tuple(
+            [x if d is None else x.narrow(d, 0, 0) for x, d in zip(results, dims, strict=True)]
+        ), dims
+
+
+class _LayerFunction(_Batched):
     """The base of both forms of the layer. Arguments: the signature, batch_sizes, and the call's tensors."""
 
     @classmethod
@@ -331,10 +335,6 @@ class _InferenceLayer(_LayerFunction):
         # functorch calls forward with gradients enabled again, for the levels below.
         ctx.mark_non_differentiable(*output)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: _Dims, *args: Any) -> tuple[_Tensors, _Dims]:
-        return _vmap(_InferenceLayer._rule, info.batch_size, in_dims, args)
-
 
 class _Layer(_LayerFunction):
     """Results: those of the layer, and the tensors that its forward operator saves for the backward pass."""
@@ -364,12 +364,8 @@ class _Layer(_LayerFunction):
         result = layer_gradients(signature, needs_grad, batch_sizes, grads[:_RESULTS], saved, tensors)
         return None, None, *result, *[None] * (len(tensors) - signature.differentiable)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: _Dims, *args: Any) -> tuple[_Tensors, _Dims]:
-        return _vmap(_Layer._rule, info.batch_size, in_dims, args)
 
-
-class _LayerGradients(torch.autograd.Function):
+class _LayerGradients(_Batched):
     """The gradients as a function of their own, so that it can be transformed and differentiated again.
 
     Arguments: the signature, needs_grad, batch_sizes; the gradients of the layer's results; the output and the saved
@@ -422,24 +418,20 @@ class _LayerGradients(torch.autograd.Function):
         saved = (None,) * (1 + _SAVED)
         return (None,) * 3 + (*result[:_RESULTS], *saved, *result[_RESULTS:])
 
-    @staticmethod
-    def vmap(info: Any, in_dims: _Dims, *args: Any) -> tuple[_Tensors, _Dims]:
-        return _vmap(_LayerGradients._rule, info.batch_size, in_dims, args)
-
-    @staticmethod
-    def _rule(samples: int, in_dims: _Dims, args: Sequence[Any]) -> tuple[_Tensors, _Dims]:
+    @classmethod
+    def _rule(cls, samples: int, in_dims: _Dims, args: Sequence[Any]) -> tuple[_Tensors, _Dims]:
         signature, needs_grad, batch_sizes, *arguments = args
         packed = batch_sizes is not None
         dims = in_dims[3:]
         axes = signature.batch_axes(packed)
         of_parameters = any([n and axis is None for n, axis in zip(needs_grad, axes, strict=False)])
-        own = _LayerGradients._parts(dims)[2]
+        own = cls._parts(dims)[2]
         if of_parameters or any([d is not None and axis is None for d, axis in zip(own, axes, strict=True)]):
             # Each sample has its own weights, or its own gradients of them.
-            return _one_by_one(_LayerGradients.apply, samples, in_dims, args)
+            return _one_by_one(cls.apply, samples, in_dims, args)
         joining = _Joining(samples, packed)
         result_axes = signature.result_axes(packed, _RESULTS + _SAVED)
-        _, saved, _ = _LayerGradients._parts(arguments)
+        _, saved, _ = cls._parts(arguments)
         all_axes = [
             *result_axes[:_RESULTS],
             result_axes[0],
@@ -448,7 +440,7 @@ class _LayerGradients(torch.autograd.Function):
         ]
         joined = _join_tensors(joining, arguments, dims, all_axes)
         sizes = batch_sizes * samples if packed else None
-        results = _LayerGradients.apply(signature, needs_grad, sizes, *joined)
+        results = cls.apply(signature, needs_grad, sizes, *joined)
         batch_axes = [axis for axis, n in zip(axes, needs_grad, strict=False) if n and axis is not None]
         parted = [joining.split(x, a) for x, a in zip(results, batch_axes, strict=True)]
         return tuple(parted), tuple([joining.axis(a) for a in batch_axes])
