@@ -19,15 +19,7 @@ from .tracing import any_autocast
 
 
 def lstm_layer(call: LayerCall) -> LayerResults:
-    """One layer, all time steps, both directions if ``call.bidirectional``; ``recompute`` has no effect here.
-
-    D = 2 if bidirectional else 1; P is the projection's size, or H without a projection.
-
-    Returns:
-        output (T, B, D * P), or (N, D * P) for packed input, h_n (D, B, P), c_n (D, B, H); none of them shares memory
-        with another. Then the cell states, (D, T, B, H) or (D, N, H), and the gate values i, f, g, o, the same with a
-        last axis of 4; None where they are not requested.
-    """
+    """One layer: the five results of `lstm_ext.reference.lstm_layer` with options; ``recompute`` has no effect here."""
     if call.input.dtype in (torch.bfloat16, torch.float16):
         return _in_float32(call)
     check_shapes(call)

@@ -113,17 +113,9 @@ PLAIN = LayerOptions()
 class LayerCall:
     """One layer, all time steps, both directions if ``bidirectional``.
 
-    Attributes:
-        input: (T, B, I), T >= 1, any strides; with ``batch_sizes`` (N, I), N their sum.
-        h0: (D, B, P), or None for zeros.
-        c0: (D, B, H), or None for zeros.
-        weights: D sets of ``w_ih (4H, I), w_hh (4H, P)[, b_ih (4H), b_hh (4H)][, w_hr (P, H)]``.
-        batch_sizes: (T,), int64 on the CPU, of a ``torch.nn.utils.rnn.PackedSequence``: how many of the B sequences,
-            sorted by falling length, have a step t. A sequence begins from its row of ``h0`` and ``c0``, in the reverse
-            direction at its own last step. None for dense input.
-        bias: whether the sets hold the two biases.
-        bidirectional: whether there are two sets, the second for the reverse direction.
-        options: the options beyond ``torch.nn.LSTM``.
+    The attributes are the arguments of `lstm_ext.reference.lstm_layer`. ``batch_sizes`` says how many of the B
+    sequences, sorted by falling length, have a step t. A sequence begins from its row of ``h0`` and ``c0``, in the
+    reverse direction at its own last step.
     """
 
     input: Tensor
