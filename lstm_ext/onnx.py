@@ -17,7 +17,7 @@ from .layer import equations
 from .layer.activations import ONNX_NAMES, split_text
 from .layer.layer_call import LayerCall, LayerOptions
 from .layer.route import UnsupportedLayerError
-from .layer.shapes import weights_per_direction
+from .layer.shapes import direction_of, weights_per_direction
 from .options import OPTIONS
 
 __all__ = ["UnsupportedLayerError", "export", "translation_table"]
@@ -275,12 +275,8 @@ def _scan(call: LayerCall, d: int) -> tuple[Any, ...]:
     from onnxscript import opset18 as op
 
     x, options = call.input, call.options
-    directions = 2 if call.bidirectional else 1
-    per_set, projected = weights_per_direction(len(call.weights), call.bias, call.bidirectional)
-    w_ih, w_hh, *rest = call.weights[d * per_set : (d + 1) * per_set]
-    b_ih, b_hh = rest[:2] if call.bias else (None, None)
-    state, hidden = w_hh.shape[1], w_hh.shape[0] // 4
-    norm = options.norm[d * len(options.norm) // directions : (d + 1) * len(options.norm) // directions]
+    w_ih, w_hh, b_ih, b_hh, w_hr, norm, peephole = direction_of(call, d)
+    sizes = w_hh.shape[1], w_hh.shape[0] // 4
     dtype = ir.DataType.FLOAT if x.dtype is None else x.dtype
 
     def transposed(weight: Any) -> Any:
@@ -295,7 +291,7 @@ def _scan(call: LayerCall, d: int) -> tuple[Any, ...]:
         op.Expand(zero, op.Concat(size, op.Constant(value_ints=[features]), axis=0))
         if given is None
         else of_direction(given)
-        for given, features in ((call.h0, state), (call.c0, hidden))
+        for given, features in zip((call.h0, call.c0), sizes, strict=True)
     ]
     # The states of resets are carried along, because OpenVINO takes no results of other nodes in a body.
     if options.reset_h is not None:
@@ -305,12 +301,9 @@ def _scan(call: LayerCall, d: int) -> tuple[Any, ...]:
         products = _normalised(products, norm[0], b_ih)
     elif b_ih is not None:
         products = op.Add(products, op.Add(b_ih, b_hh))
-    recurrent, projection = transposed(w_hh), transposed(rest[-1]) if projected else None
+    recurrent, projection = transposed(w_hh), None if w_hr is None else transposed(w_hr)
     scanned = [products, *_flags_of_steps(call, d)]
-    peephole = options.peephole[3 * d : 3 * (d + 1)]
-    inputs, results, body = _body(
-        options, dtype, recurrent, projection, (norm, b_hh), peephole, (state, hidden)
-    )
+    inputs, results, body = _body(options, dtype, sizes, recurrent, projection, norm, b_hh, peephole)
     backwards = [int(d == 1)]
     node = ir.node(
         "Scan",
@@ -360,17 +353,16 @@ def _flags_of_steps(call: LayerCall, d: int) -> list[Any]:
 def _body(
     options: LayerOptions,
     dtype: Any,
+    sizes: tuple[int, int],
     recurrent: Any,
     projection: Any,
-    of_norm: tuple[Sequence[Any], Any],
+    norm: Sequence[Any],
+    b_hh: Any,
     peephole: Sequence[Any],
-    sizes: tuple[int, int],
 ) -> tuple[list[Any], list[Any], list[Any]]:
     """One step: the inputs of the body of a ``Scan``, its results and its nodes. ``sizes``: those of h and c."""
     from onnxscript import evaluator, ir
     from onnxscript import opset18 as op
-
-    norm, b_hh = of_norm
 
     def number(value: float) -> Any:
         # A node of its own: the recorder shares those it makes of plain numbers, and one of a body is not seen outside.

@@ -14,7 +14,7 @@ from torch.nn.functional import layer_norm, linear
 
 from .activations import activation_functions
 from .layer_call import LayerCall, LayerOptions, LayerResults
-from .shapes import check_shapes, count_mask, weights_per_direction
+from .shapes import check_shapes, count_mask, direction_of
 from .tracing import any_autocast
 
 
@@ -91,12 +91,7 @@ def _cell(
 def _direction(call: LayerCall, d: int, input: Tensor, sizes: list[int] | None) -> tuple[Tensor | None, ...]:
     """The output, h_n, c_n, the cell states and the gate values; None where these are not requested."""
     options, h0, c0 = call.options, call.h0, call.c0
-    per_set, projected = weights_per_direction(len(call.weights), call.bias, call.bidirectional)
-    w_ih, w_hh, *rest = call.weights[d * per_set : (d + 1) * per_set]
-    b_ih, b_hh = rest[:2] if call.bias else (None, None)
-    count = len(options.norm) // (2 if call.bidirectional else 1)
-    norm = options.norm[d * count : (d + 1) * count]
-    peephole = options.peephole[3 * d : 3 * (d + 1)]
+    w_ih, w_hh, b_ih, b_hh, w_hr, norm, peephole = direction_of(call, d)
     if peephole:  # with coupled gates, the weight of f gets zeros, and not nothing, as its gradient
         peephole = torch.stack(list(peephole)).unbind()
     cell = _cell(options, input.dtype, norm, peephole)
@@ -144,8 +139,8 @@ def _direction(call: LayerCall, d: int, input: Tensor, sizes: list[int] | None) 
         seen = h if mask is None else h * mask[:rows]
         from_state = _normalised(linear(seen, w_hh), norm[1], b_hh) if norm else linear(seen, w_hh, b_hh)
         new_h, new_c, *values = cell(gates_of_step[t] + from_state, c)
-        if projected:
-            new_h = linear(new_h, rest[-1])
+        if w_hr is not None:
+            new_h = linear(new_h, w_hr)
         new_c = _zone_out(new_c, c, None if keep_c is None else keep_c[t], options.zoneout_c)
         new_h = _zone_out(new_h, h, None if keep_h is None else keep_h[t], options.zoneout_h)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,6 +34,18 @@ def weights_per_direction(count: int, bias: bool, bidirectional: bool) -> tuple[
             f"lstm_ext: got {count} weights, expected {plain}, or {projected} with a projection"
         )
     return count // directions, count == projected
+
+
+def direction_of(call: LayerCall, d: int) -> tuple[Any, ...]:
+    """w_ih, w_hh, b_ih, b_hh and w_hr of a direction, None for those that it lacks; then its norm and its peepholes."""
+    per_set, projected = weights_per_direction(len(call.weights), call.bias, call.bidirectional)
+    w_ih, w_hh, *rest = call.weights[d * per_set : (d + 1) * per_set]
+    biases = rest[:2] if call.bias else (None, None)
+    options, directions = call.options, 2 if call.bidirectional else 1
+    norm, peephole = [
+        x[d * len(x) // directions : (d + 1) * len(x) // directions] for x in (options.norm, options.peephole)
+    ]
+    return w_ih, w_hh, *biases, rest[-1] if projected else None, norm, peephole
 
 
 def check_shapes(call: LayerCall) -> None:
