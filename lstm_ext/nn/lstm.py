@@ -521,21 +521,9 @@ class LSTM(HasOptions, KnownToTools, ScriptedLSTM):
         return state
 
     def __setstate__(self, d: dict[str, Any]) -> None:
-        # An older state has each option as an attribute.
-        given = {**d.get("_given", {}), **{name: d[name] for name in OPTIONS if name in d}}
-        super().__setstate__(
-            {name: value for name, value in d.items() if name != "_given" and name not in OPTIONS}
-        )
-        self._set_options(given)
+        super().__setstate__({name: value for name, value in d.items() if name != "_given"})
+        self._set_options(d.get("_given", {}))
         self._layer_names = self._group_names()
-        for name, option in OPTIONS.items():
-            added = None if name in self._given else option.parameters
-            names = self._names_of(added)[0] if added else []
-            if added and all([n in self._parameters for n in names]):
-                raise RuntimeError(
-                    f"LSTM: the state has parameters of {added.name} ({names[0]}, ...) and no {name}=True: "
-                    f"it would be loaded as a layer without it. Set {name} in the state, or take these parameters out"
-                )
 
 
 LSTM.__doc__ = described(LSTM.__doc__)

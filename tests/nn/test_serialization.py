@@ -91,7 +91,13 @@ def print_nothing(module, arguments, result):
 @pytest.mark.parametrize("before", BEFORE)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    "make", [lambda: lstm_ext.LSTM(3, 4, **FULL), lambda: Tagger(3, 4, 2)], ids=["LSTM", "Tagger"]
+    "make",
+    [
+        lambda: lstm_ext.LSTM(3, 4, **FULL),
+        lambda: lstm_ext.LSTM(3, 4, layer_norm=True),
+        lambda: Tagger(3, 4, 2),
+    ],
+    ids=["LSTM", "options", "Tagger"],
 )
 def test_a_copy_is_whole_and_separate(make, way, before):
     module = make()
@@ -122,20 +128,6 @@ def test_a_copy_of_a_subclass_has_its_attributes():
     assert deep.vocabulary is not module.vocabulary
     assert shallow.head is module.head
     assert deep.head is not module.head
-
-
-def test_a_state_that_has_lost_its_option_is_refused():
-    """It would compute a plain layer, with the parameters of another one."""
-    lstm = lstm_ext.LSTM(3, 4, layer_norm=True)
-    state = lstm.__getstate__()
-    del state["_given"]
-    other = lstm_ext.LSTM.__new__(lstm_ext.LSTM)
-    with pytest.raises(
-        RuntimeError, match=r"layer normalisation \(ln_gain_ih_l0, \.\.\.\) and no layer_norm=True"
-    ):
-        other.__setstate__(state)
-    for way in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
-        assert way(lstm).layer_norm
 
 
 def test_ties_survive_a_copy():
