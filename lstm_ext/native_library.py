@@ -147,8 +147,7 @@ def _run(command: Sequence[str]) -> str:
     """The output, or a BuildError with the first complaint."""
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode != 0:
-        lines = [line for line in run.stderr.splitlines() if line.strip()]
-        said = next((line for line in lines if "error" in line), [*lines, f"exit code {run.returncode}"][0])
+        said = config.first_error(run.stderr, f"exit code {run.returncode}")
         raise BuildError(f"`{Path(command[0]).name}` failed: {said}")
     return run.stdout
 

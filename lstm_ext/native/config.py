@@ -309,7 +309,7 @@ def find_compiler(openmp: bool = True) -> tuple[str, str]:
             )
             continue
         if run.returncode != 0:
-            said = (run.stderr.strip() or run.stdout.strip() or f"exit code {run.returncode}").splitlines()[0]
+            said = first_error(run.stderr or run.stdout, f"exit code {run.returncode}")
             problem = (
                 f"the C++ compiler `{command}` does not work ({said}): repair it, or set CXX to another one."
             )
@@ -323,6 +323,17 @@ def find_compiler(openmp: bool = True) -> tuple[str, str]:
             continue
         return command, version
     raise BuildError(problem)
+
+
+def first_error(output: str, otherwise: str = "no output") -> str:
+    """The first complaint in what a compiler, or ninja, printed."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    for pattern in (r"\berror\b\s*:", r"\b(error|cannot|not found|undefined|killed)\b"):
+        for line in lines:
+            of_ninja = line.startswith(("Error building", "ninja:", "FAILED:"))
+            if re.search(pattern, line, re.IGNORECASE) and not of_ninja:
+                return line
+    return [otherwise, *lines][-1]
 
 
 def _process_exports(symbol: str) -> bool:
@@ -554,8 +565,7 @@ def _run_nvcc(nvcc: Path, *arguments: str) -> str:
             f"`{nvcc}` does not run ({error}): repair it, or set CUDA_HOME to another toolkit."
         ) from None
     if run.returncode != 0:
-        lines = [line.strip() for line in run.stdout.splitlines() if line.strip()]
-        said = next((line for line in lines if "error" in line), [*lines, f"exit code {run.returncode}"][0])
+        said = first_error(run.stdout, f"exit code {run.returncode}")
         raise BuildError(
             f"`{nvcc}` does not work ({said}): repair it, or set CUDA_HOME to another toolkit, or CXX to a compiler "
             "that it takes."

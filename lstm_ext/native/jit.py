@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import logging
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -309,10 +308,10 @@ def build(sources: Path, directory: Path, cuda: config.Cuda | None) -> None:
         except RuntimeError as error:
             advice = "" if cuda is None else " (LSTM_EXT_CUDA=0 builds the CPU kernels alone)"
             raise BuildError(
-                f"compiling with `{command}` failed: {_first_error(str(error))}{advice}"
+                f"compiling with `{command}` failed: {config.first_error(str(error))}{advice}"
             ) from error
         except OSError as error:
-            raise BuildError(f"the new library does not load: {_first_error(str(error))}") from error
+            raise BuildError(f"the new library does not load: {config.first_error(str(error))}") from error
     # Compilers create files by the umask. The record is last: it marks the build as finished.
     for path in directory.rglob("*"):
         if not path.is_symlink():
@@ -327,15 +326,3 @@ def build(sources: Path, directory: Path, cuda: config.Cuda | None) -> None:
         cpu_sets=",".join(sets),
         sizes=sizes,
     )
-
-
-def _first_error(output: str) -> str:
-    """The compiler's own first complaint, out of all that ninja printed."""
-    lines = [line.strip() for line in output.splitlines() if line.strip()]
-    for pattern in (r"\berror\b\s*:", r"\b(error|cannot|not found|undefined|killed)\b"):
-        for line in lines:
-            if re.search(pattern, line, re.IGNORECASE) and not line.startswith(
-                ("Error building", "ninja:", "FAILED:")
-            ):
-                return line
-    return lines[-1] if lines else "no output"

@@ -320,10 +320,12 @@ def _change_classes(
         )
 
     for module, cls in changes:
-        for key in ("_layer_names", *_LEFT_BEHIND):
+        for key in _LEFT_BEHIND:
             module.__dict__.pop(key, None)
         if issubclass(cls, LSTM):
             module.__dict__["_layer_names"] = LSTM._group_names(module)  # type: ignore[arg-type]
+        else:
+            module.__dict__.pop("_layer_names", None)
         module.__class__ = cls
         if isinstance(module, nn.RNNBase):
             # This is done after construction too. It computes parametrized weights, which needs no graph.
