@@ -49,7 +49,7 @@ COMPAT_VENV ?= .venv-compat
 COMPAT_PY := $(COMPAT_VENV)/bin/python
 COMPAT_PACKAGES := $(COMPAT_VENV)/.lstm_ext-packages
 
-.PHONY: build sdist wheel wheel-check aarch64 check test test-tools test-full free-threaded compat planted mutants sanitize soak fuzz demo-rl demo-streaming demo bench bench-quick records library cuda-build gpu-check gpu-bench lint format docs clean force
+.PHONY: build sdist wheel wheel-check release-check aarch64 check test test-tools test-full free-threaded compat planted mutants sanitize soak fuzz demo-rl demo-streaming demo bench bench-quick records library cuda-build gpu-check gpu-bench lint format docs clean force
 .DELETE_ON_ERROR:
 
 build: $(EXTENSION)
@@ -68,6 +68,16 @@ wheel: $(GROUP)wheel
 # with ARGS=--here, which runs the self-test only.
 wheel-check: $(GROUP)wheel
 	$(PY) .ci/wheel.py --check $(ARGS)
+
+# What a release runs, for the torch and the Python of VENV: the versions agree, the sources and the wheel are made and
+# install, and the package index would take them. Five minutes.
+release-check: $(GROUP)wheel $(GROUP)release
+	$(PY) .ci/release.py
+	rm -rf dist
+	$(MAKE) sdist
+	$(MAKE) wheel ARGS=--here
+	$(PY) -m twine check --strict dist/*
+	$(MAKE) wheel-check ARGS=--here
 
 # The wheel for 64-bit ARM, and its self-test under an emulator. Downloads 3 GB. A quarter of an hour.
 aarch64: $(GROUP)wheel

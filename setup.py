@@ -93,6 +93,8 @@ def extension_arguments() -> dict:
         )
     except config.BuildError as error:
         sys.exit(f"error: {error} (LSTM_EXT_SKIP_BUILD=1 installs without the compiled extension.)")
+    if (untested := config.untested(torch.__version__)) is not None:
+        print(f"warning: {untested}", file=sys.stderr)
     if cuda_reason and torch.version.cuda:
         print(f"warning: the extension is built without CUDA kernels: {cuda_reason}", file=sys.stderr)
     os.environ.setdefault("CXX", command)

@@ -316,7 +316,7 @@ def check(torches: list[str], commands: list[str], here: bool) -> int:
     wheel = made(config.machine())
     empty = WORK / "check"
     empty.mkdir(exist_ok=True)
-    # Neither a compiler nor a checkout nor a build on first use.
+    # Neither a compiler nor a checkout.
     kept = ("HOME", "LANG", "PIP_", "SSL_", "http", "HTTP")
     environment = {name: value for name, value in os.environ.items() if name.startswith(kept)}
     environment |= {

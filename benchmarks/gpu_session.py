@@ -75,7 +75,7 @@ class Session:
             **os.environ,
             # Dry, the lstm_ext that is there; else the one that was built in place.
             "PYTHONPATH": os.pathsep.join(filter(None, paths if options.dry else reversed(paths))),
-            # Not the build on first use, nor the reference: they would look like a success.
+            # Neither torch's operator nor the reference: they would look like a success.
             "LSTM_EXT_BACKEND": "aot",
         }
         if options.dry:

@@ -1,8 +1,8 @@
 """A faster drop-in for ``torch.nn.LSTM``.
 
 ``lstm_ext.LSTM`` has the interface, the parameters and the random numbers of ``torch.nn.LSTM``. Importing this package
-loads the kernels that were built ahead of time. It compiles nothing: if none were built, the first layer that runs
-looks for them.
+loads the kernels that were built ahead of time. It compiles nothing, and nor does a call: without kernels that fit,
+torch's own operator computes, and ``python -m lstm_ext.build`` builds them.
 """
 
 from __future__ import annotations

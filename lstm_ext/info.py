@@ -61,7 +61,7 @@ def _lines() -> list[tuple[str, str]]:
     if module is None:
         lines.append(("extension", f"not loaded: {status.reason}"))
     else:
-        how = {"aot": "built ahead of time", "jit": "built on first use"}[status.backend]
+        how = {"aot": "built ahead of time", "jit": "built on request"}[status.backend]
         lines.append(("extension", f"loaded, {how}"))
         lines.append(("  module", str(status.path)))
         lines.append(("  operators", str(status.ops_path)))
@@ -165,7 +165,7 @@ def _aot_state() -> str:
 
 def _jit_state() -> str:
     problem = jit.problem()
-    return f"cannot be built: {problem}" if problem else "can be built (LSTM_EXT_BACKEND=jit)"
+    return f"cannot be built: {problem}" if problem else f"can be built: `{loader.BUILD}`"
 
 
 def main() -> int:

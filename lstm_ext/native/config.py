@@ -1,4 +1,4 @@
-"""The one description of the compiled extension, used by setup.py (ahead of time) and jit.py (on first use).
+"""The one description of the compiled extension, used by setup.py (ahead of time) and jit.py (on request).
 
 It is two libraries, in a wheel three (see KERNELS_LIBRARY). The operators' (_ops) has the kernels and registers the
 operators; it needs libtorch and no Python, so that a C++ process can load it too. The Python module (_C), one source,
@@ -106,7 +106,7 @@ def ops_library_of(module: Path) -> Path:
 
 def ops_link_flags(file_name: str) -> list[str]:
     """Flags for the operators' library, with the name under which the Python module asks the system for it."""
-    # torch's build on first use also links libtorch_python, which this library does not use; --as-needed drops it.
+    # torch's own builder also links libtorch_python, which this library does not use; --as-needed drops it.
     return [*LINK_FLAGS, f"-Wl,-soname,{file_name}", "-Wl,--as-needed"]
 
 
@@ -148,13 +148,38 @@ def minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
+def _minor_of(version: str) -> tuple[int, ...]:
+    return tuple(map(int, minor(version).split(".")))
+
+
 def check_torch(version: str) -> None:
-    """Raises BuildError for a torch that the sources are not written for."""
-    if minor(version) not in TORCHES:
+    """Raises BuildError for a torch that is too old for the sources."""
+    if _minor_of(version) < _minor_of(TORCHES[0]):
         raise BuildError(
-            f"torch {version} is installed, and lstm_ext needs {TORCHES[0]} to {TORCHES[-1]}: "
-            f"`pip install 'torch>={TORCHES[0]},<={TORCHES[-1]}.99'`, or install another lstm_ext."
+            f"torch {version} is installed, and lstm_ext needs {TORCHES[0]} or later: "
+            f"`pip install 'torch>={TORCHES[0]}'`, or install another lstm_ext."
         )
+
+
+def untested(version: str) -> str | None:
+    """A text for a torch that lstm_ext was not tried with, or None. It may work all the same."""
+    if _is_release(version) and _minor_of(version) <= _minor_of(TORCHES[-1]):
+        return None
+    return f"lstm_ext was tested with torch {TORCHES[0]} to {TORCHES[-1]}, and not with torch {version}"
+
+
+def fits_torch(built_for: str, version: str) -> bool:
+    """Whether libraries that were built for one torch work with another one.
+
+    Releases of one minor version have one binary interface. That of a nightly build or of a branch is its own.
+    """
+    if _is_release(built_for) and _is_release(version):
+        return _minor_of(built_for) == _minor_of(version)
+    return built_for == version
+
+
+def _is_release(version: str) -> bool:
+    return re.fullmatch(r"\d+\.\d+(\.\d+)?(\.post\d+)?(\+.*)?", version) is not None
 
 
 def source_dir() -> Path | None:

@@ -1,17 +1,20 @@
-"""Builds the extension on first use, once for each torch, set of flags and state of the sources."""
+"""Builds the extension on request, once for each torch, set of flags and state of the sources."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import logging
 import os
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -41,7 +44,7 @@ def ops_library(directory: Path) -> Path:
 
 
 def problem() -> str | None:
-    """Why a build on first use cannot work here, or None; finds out without building."""
+    """Why no build can work here, or None; finds out without building."""
     try:
         source_dir()
         _requirements()
@@ -70,9 +73,7 @@ def _requirements() -> tuple[str, str]:
     if shutil.which("ninja", path=config.search_path()) is None:
         raise BuildError("ninja was not found: `pip install ninja`.")
     if importlib.util.find_spec("setuptools") is None:
-        raise BuildError(
-            "setuptools, which torch's build on first use needs, was not found: `pip install setuptools`."
-        )
+        raise BuildError("setuptools, which torch's builder needs, was not found: `pip install setuptools`.")
     return compiler
 
 
@@ -211,43 +212,44 @@ def _wait_for(file: IO[str], path: Path) -> None:
         time.sleep(0.1)
 
 
-@contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+def _python() -> str:
+    """The path of the Python interpreter; in a program that embeds Python, sys.executable may be that program."""
+    candidates = [Path(sys.executable or ""), Path(sys.exec_prefix, "bin", f"python{sys.version_info[0]}")]
+    found = next((path for path in candidates if "python" in path.name and path.is_file()), None)
+    if found is None:
+        raise BuildError(f"no Python interpreter was found in {sys.exec_prefix}, which the build needs.")
+    return str(found)
 
 
-def _supervised(directory: Path) -> str:
-    """A PATH with a ninja that ends with this process, or when torch kills it, together with its compilers."""
-    path = config.search_path()
-    ninja = shutil.which("ninja", path=path)
-    if ninja is None:
-        return path
-    script = directory / "bin" / "ninja"
-    script.parent.mkdir()
-    # Started by a shell, because the kernel accepts no path with a space after "#!".
-    script.write_text(f'#!/bin/sh\nexec {shlex.join(config.supervised([ninja]))} "$@"\n')
-    script.chmod(0o700)
-    return os.pathsep.join([str(script.parent), path])
+# The build's own process gets the arguments of torch's function for each library. That process, and not the one that
+# wants the extension, has the variables that torch's function reads.
+_PROGRAM = """
+import json, sys
+from torch.utils import cpp_extension
+for arguments in json.loads(sys.argv[1]):
+    cpp_extension.load(**arguments)
+"""
 
 
-def build(sources: Path, directory: Path, cuda: config.Cuda | None) -> None:
+def build(
+    sources: Path,
+    directory: Path,
+    cuda: config.Cuda | None,
+    cuda_reason: str | None,
+    say: Callable[[str], None],
+) -> None:
     """Compiles into ``directory``. The record is written last, so a folder without one is unfinished.
+
+    Args:
+        cuda_reason: why it has no CUDA kernels, for the record.
+        say: is called with a line of text for each file that is compiled.
 
     Raises:
         BuildError: something is missing, or the compiler refused.
     """
     command, compiler = _requirements()
+    python = _python()
     sets = config.cpu_sets()
-    ops_file = ops_library(directory).name
     if directory.exists():
         # A killed build leaves objects, and a lock file for which torch would wait forever. The folder is moved first:
         # a compiler may still run, and moves along with its working directory.
@@ -257,61 +259,61 @@ def build(sources: Path, directory: Path, cuda: config.Cuda | None) -> None:
     make_folder(directory, _MODE)
     kernels, operators, module_sources = config.split_sources(sources, cuda is not None, sets, directory)
     _log.warning("lstm_ext: compiling the extension, once, into %s (a minute or two)%s", directory, _hidden())
+
+    def library(
+        name: str, sources_of_it: list[Path], flags: list[str], link_flags: list[str], with_cuda: bool
+    ) -> dict:
+        header_dirs = cuda.header_dirs if cuda is not None and with_cuda else ()
+        nvcc_flags = [*config.NVCC_FLAGS, *cuda.nvcc_flags] if cuda is not None and with_cuda else []
+        return {
+            "name": name,
+            "sources": [str(path) for path in sources_of_it],
+            "extra_cflags": [shlex.quote(f) for f in (*flags, *(f"-isystem{path}" for path in header_dirs))],
+            "extra_cuda_cflags": [shlex.quote(flag) for flag in nvcc_flags],
+            # First ninja and then a shell read them.
+            "extra_ldflags": [shlex.quote(flag).replace("$", "$$") for flag in link_flags],
+            "extra_include_paths": [str(sources)],
+            "build_directory": str(directory),
+            "with_cuda": with_cuda,
+            # Only builds it: the loader imports it, whoever built it.
+            "is_python_module": False,
+            "verbose": True,
+        }
+
+    ops_file, flags = ops_library(directory).name, config.compile_flags(cuda)
+    ops_flags = config.ops_link_flags(ops_file)
+    libraries = [
+        library(_OPS_MODULE, [*kernels, *operators], flags, ops_flags, cuda is not None),
+        # A relative path, because the linker runs in the folder.
+        library(MODULE, module_sources, flags, config.module_link_flags(f"./{ops_file}"), False),
+    ]
     # torch would warn about a compiler that calls itself something else than g++.
-    environment = {"CXX": command, "PATH": _supervised(directory), "TORCH_DONT_CHECK_COMPILER_ABI": "1"}
+    more = {"CXX": command, "PATH": config.search_path(), "TORCH_DONT_CHECK_COMPILER_ABI": "1"}
+    more["PYTHONPATH"] = os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)
     if cuda is not None:
-        environment |= {"CUDA_HOME": str(cuda.home), "TORCH_CUDA_ARCH_LIST": cuda.architectures}
-    with _environment(**environment):
-        from torch.utils import cpp_extension
-
-        if cuda is not None:
-            # torch read it when it was imported, which may have been long before.
-            cpp_extension.CUDA_HOME = str(cuda.home)
-
-        def build_library(
-            name: str,
-            sources_of_it: list[Path],
-            compile_flags: list[str],
-            link_flags: list[str],
-            with_cuda: bool,
-        ) -> None:
-            header_dirs = cuda.header_dirs if cuda is not None and with_cuda else ()
-            nvcc_flags = [*config.NVCC_FLAGS, *cuda.nvcc_flags] if cuda is not None and with_cuda else []
-            cpp_extension.load(
-                name,
-                [str(path) for path in sources_of_it],
-                extra_cflags=[
-                    shlex.quote(flag)
-                    for flag in (*compile_flags, *(f"-isystem{path}" for path in header_dirs))
-                ],
-                extra_cuda_cflags=[shlex.quote(flag) for flag in nvcc_flags],
-                # First ninja and then a shell read them.
-                extra_ldflags=[shlex.quote(flag).replace("$", "$$") for flag in link_flags],
-                extra_include_paths=[str(sources)],
-                build_directory=str(directory),
-                with_cuda=with_cuda,
-                # Only builds it: the loader imports it, whoever built it.
-                is_python_module=False,
-            )
-
+        more |= {"CUDA_HOME": str(cuda.home), "TORCH_CUDA_ARCH_LIST": cuda.architectures}
+    lines = []
+    with subprocess.Popen(
+        config.supervised([python, "-c", _PROGRAM, json.dumps(libraries)]),
+        env=os.environ | more,
+        cwd=directory,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
         try:
-            build_library(
-                _OPS_MODULE,
-                [*kernels, *operators],
-                config.compile_flags(cuda),
-                config.ops_link_flags(ops_file),
-                cuda is not None,
-            )
-            # A relative path, because the linker runs in the folder.
-            link_flags = config.module_link_flags(f"./{ops_file}")
-            build_library(MODULE, module_sources, config.compile_flags(cuda), link_flags, False)
-        except RuntimeError as error:
-            advice = "" if cuda is None else " (LSTM_EXT_CUDA=0 builds the CPU kernels alone)"
-            raise BuildError(
-                f"compiling with `{command}` failed: {config.first_error(str(error))}{advice}"
-            ) from error
-        except OSError as error:
-            raise BuildError(f"the new library does not load: {config.first_error(str(error))}") from error
+            for line in process.stdout or ():
+                lines.append(line)
+                if (compiled := re.match(r"(\[\d+/\d+\]).* -o (\S+)", line)) is not None:
+                    say(" ".join(compiled.groups()))
+        except BaseException:  # an interrupt, for instance
+            process.kill()
+            raise
+    if process.returncode != 0:
+        advice = "" if cuda is None else " (LSTM_EXT_CUDA=0 builds the CPU kernels alone)"
+        raise BuildError(f"compiling with `{command}` failed: {config.first_error(''.join(lines))}{advice}")
     # Compilers create files by the umask. The record is last: it marks the build as finished.
     for path in directory.rglob("*"):
         if not path.is_symlink():
@@ -323,6 +325,7 @@ def build(sources: Path, directory: Path, cuda: config.Cuda | None) -> None:
         compiler,
         config.digest(sources),
         cuda=str(cuda) if cuda else None,
+        cuda_reason=cuda_reason,
         cpu_sets=",".join(sets),
         sizes=sizes,
     )

@@ -1,4 +1,4 @@
-"""Finds the compiled extension: built ahead of time, else built on first use, else none.
+"""Finds the compiled extension: built ahead of time, else by `python -m lstm_ext.build`, else none.
 
 It is two libraries in one folder: that of the operators is loaded first, and the Python module, linked with it, finds
 it in the process. A wheel has these two for each torch and Python, and a third one, of the CPU kernels, for all.
@@ -27,6 +27,7 @@ from . import config, jit
 from .config import BuildError
 from .imports import constant_for_dynamo
 
+BUILD = "python -m lstm_ext.build"
 _log = logging.getLogger("lstm_ext")
 
 
@@ -72,7 +73,10 @@ if hasattr(os, "register_at_fork"):
 def extension() -> ModuleType | None:
     """The compiled module, or None if there is none. Decided once: by `load_built`, or by the first call.
 
-    Raises ImportError for an extension that does not fit, and for a backend that was requested by name
+    It compiles only if LSTM_EXT_BACKEND=jit asks for it. Without a library that fits, torch's own operator computes,
+    and a warning says how to build one.
+
+    Raises ImportError for an extension that refuses to run, and for a backend that was requested by name
     (LSTM_EXT_BACKEND=aot or jit) and is not available; ValueError for an invalid LSTM_EXT_BACKEND.
     """
     global _result
@@ -90,8 +94,8 @@ def extension() -> ModuleType | None:
         # Where nothing can be built, torch's operator is what the user expects.
         if unavailable is not None and config.is_supported_platform():
             warn(
-                f"lstm_ext has no kernels here, so torch's own operator computes its layers: {unavailable}"
-                " (LSTM_EXT_BACKEND=torch is for this, without a warning)"
+                f"lstm_ext has no kernels here, so torch's own operator computes its layers: {unavailable.rstrip('.')}."
+                f" `{BUILD}` compiles them (LSTM_EXT_BACKEND=torch is for no kernels, without a warning)"
             )
     if result.error is not None:
         raise ImportError(result.error)
@@ -153,19 +157,13 @@ def status() -> Status:
 def load_built() -> None:
     """Called when the package is imported: loads an extension that was built ahead of time, so that no call has to.
 
-    It takes some milliseconds. Raises ImportError for a build that does not fit this torch, without opening it. Other
-    errors are left to the calls.
+    It takes some milliseconds. Errors are left to the calls.
     """
-    if "lstm_ext.info" in sys.orig_argv:
-        return  # python -m lstm_ext.info imports the package first, and then reports everything
-    if _requested() not in ("auto", "aot") or not config.is_supported_platform():
+    # These programs import the package first, and then say all by themselves.
+    if {"lstm_ext.info", "lstm_ext.build"} & set(sys.orig_argv):
         return
-    found = find_aot()
-    if found is not None:
-        check_record(found)
-        if _wheel() is not None and torch.version.cuda and os.environ.get("LSTM_EXT_CUDA") == "1":
-            return  # the first call may build
-        with contextlib.suppress(ImportError, ValueError):
+    with contextlib.suppress(ImportError, ValueError):
+        if _requested() in ("auto", "aot") and config.is_supported_platform() and find_aot() is not None:
             extension()
 
 
@@ -178,38 +176,86 @@ def _failed(error: str) -> tuple[_Result, None]:
 
 
 def _choose() -> tuple[_Result, str | None]:
-    """The result, and the text of a warning, if one is due."""
+    """The result, and why there are no kernels, if a warning is due."""
     requested = _requested()
     config.requested_cuda_kernel()  # a bad name raises as early as a bad backend,
     config.cuda_wait_limit()  # and so does a bad limit
     if requested in ("torch", "reference"):
         return _Result(None, Status(requested, reason=f"LSTM_EXT_BACKEND={requested} asks for it")), None
-
-    if requested in ("auto", "aot") and config.is_supported_platform():
-        try:
-            result, no_cuda = None, "LSTM_EXT_BACKEND=aot asks for the wheel, which has none"
-            if requested == "auto" and _wheel() is not None:
-                result, no_cuda = _cuda_build_before_wheel()
-            result = result or _load_aot(no_cuda)
-        except (BuildError, ImportError) as error:
-            return _failed(str(error))
-        if result is not None:
-            return result, None
-        if requested == "aot":
-            problem = _missing_in_wheel() or f"there is no {config.MODULE}"
-            return _failed(f"LSTM_EXT_BACKEND=aot, but {problem}: build it with {build_command()}.")
-
     try:
-        return _load_jit(), None
+        if requested == "jit":
+            return _load_or_build(_log.info), None
+        result, reason = _find(requested)
     except (_Refused, config.SwitchError) as error:
         return _failed(str(error))
-    except BuildError as error:
-        missing = _missing_in_wheel()
-        reason = f"{missing}, and it cannot be built: {error}" if missing else str(error)
-    if requested != "auto":
-        failed = "the build on first use failed: " if requested == "jit" else ""
-        return _failed(f"LSTM_EXT_BACKEND={requested}, but {failed}{reason}")
+    except BuildError as error:  # of jit alone
+        return _failed(f"LSTM_EXT_BACKEND=jit, but the build failed: {error}")
+    if result is not None:
+        return result, None
+    if requested == "aot":
+        return _failed(f"LSTM_EXT_BACKEND=aot, but {reason.rstrip('.')}: build it with {build_command()}.")
     return _Result(None, Status("torch", reason=reason)), reason
+
+
+def _find(requested: str) -> tuple[_Result | None, str]:
+    """A library that is built and fits, and why there is none."""
+    if not config.is_supported_platform():
+        return None, str(jit.problem())
+    no_cuda = "LSTM_EXT_BACKEND=aot asks for the wheel, which has none"
+    if requested == "auto" and _wheel() is not None:
+        result, no_cuda = _cuda_build_before_wheel()
+        if result is not None:
+            return result, ""
+    reason = _missing_in_wheel() or f"there is no {config.MODULE}"
+    try:
+        result = _load_aot(no_cuda)
+    except _Refused:
+        raise
+    except ImportError as error:
+        result, reason = None, str(error)
+    if result is None and requested == "auto":
+        try:
+            result = next(filter(None, map(_load_finished, _built_on_request())), None)
+        except BuildError as error:
+            reason = f"{reason}, and {error}"
+    return result, reason
+
+
+def _built_on_request() -> list[Path]:
+    """The folders of finished builds for this torch and Python, the one with CUDA kernels for this GPU first."""
+    sources = jit.source_dir()
+    cuda = []
+    if config.no_cuda_wanted(torch.version.cuda) is None:
+        cuda = [jit.folder(sources, "cuda", config.requested_architectures()), *jit.finished_with_cuda()]
+    return [*cuda, jit.folder(sources, "cpu")]
+
+
+def build(say: Callable[[str], None]) -> tuple[Status, bool]:
+    """Compiles for this torch and Python, unless a library is there that fits: for `python -m lstm_ext.build`.
+
+    Args:
+        say: is called with a line of text for each file that is compiled.
+
+    Returns:
+        The library, and whether it was compiled now.
+
+    Raises:
+        BuildError: something is missing, or the compiler refused.
+        ImportError: the library refuses to run here.
+        ValueError: a variable of the environment has a value that means nothing.
+    """
+    was_built = []
+
+    def compiled(line: str) -> None:
+        was_built.append(True)
+        say(line)
+
+    result = None
+    # The kernels for CUDA are not in a wheel, and its libraries cannot be loaded beside others.
+    if not (config.cuda_switch() and _wheel() is not None):
+        with contextlib.suppress(ImportError):
+            result = _load_aot("")
+    return (result or _load_or_build(compiled)).status, bool(was_built)
 
 
 def build_command() -> str:
@@ -287,15 +333,17 @@ def check_record(path: Path) -> dict:
     """Checks the record before the library is opened: one built for another torch can crash the process as it loads."""
     record = config.read_record(path.parent)
     if record is None:
-        raise ImportError(f"{path} has no {config.RECORD} beside it: rebuild it with {build_command()}.")
-    if "wheel" not in record and config.minor(record["torch"]) != config.minor(torch.__version__):
+        raise ImportError(f"{path} has no {config.RECORD} beside it")
+    built_for = (
+        record["wheel"].get(config.minor(torch.__version__), "") if "wheel" in record else record["torch"]
+    )
+    if not config.fits_torch(built_for, torch.__version__):
         raise ImportError(
-            f"{path} was built for torch {record['torch']}, but torch {torch.__version__} is installed: "
-            f"rebuild it with {build_command()}."
+            f"{path} was built for torch {built_for}, and torch {torch.__version__} is installed"
         )
     ops_path = config.ops_library_of(path)
     if not ops_path.is_file():
-        raise ImportError(f"{path} has no {ops_path.name} beside it: rebuild it with {build_command()}.")
+        raise ImportError(f"{path} has no {ops_path.name} beside it")
     return record
 
 
@@ -311,8 +359,7 @@ def _load_aot(no_cuda_in_wheel: str) -> _Result | None:
     except ImportError as error:
         first_line = str(error).partition("\n")[0]
         raise ImportError(
-            f"the extension does not fit the installed torch {torch.__version__} ({first_line}): "
-            f"rebuild it with {build_command()}."
+            f"the extension does not fit the installed torch {torch.__version__} ({first_line})"
         ) from error
     status = _status_of("aot", path, config.ops_library_of(path), record)
     if "wheel" in record:
@@ -322,15 +369,10 @@ def _load_aot(no_cuda_in_wheel: str) -> _Result | None:
 
 
 def _cuda_build_before_wheel() -> tuple[_Result | None, str]:
-    """A build on first use with CUDA kernels, which a wheel has not; else why there is none.
-
-    LSTM_EXT_CUDA=1 builds it.
-    """
+    """A build on request that has CUDA kernels, which a wheel has not; else why there is none."""
     reason = config.no_cuda_wanted(torch.version.cuda)
     if reason is not None:
         return None, reason
-    if config.cuda_switch():
-        return _load_jit(), ""
     try:
         for directory in jit.finished_with_cuda():
             result = _load_finished(directory)
@@ -340,10 +382,9 @@ def _cuda_build_before_wheel() -> tuple[_Result | None, str]:
         _log.warning("lstm_ext: a build with CUDA kernels is not used: %s", error)
         return None, str(error)
     major = str(torch.version.cuda).split(".")[0]
-    command = "`LSTM_EXT_CUDA=1 python -m lstm_ext.info`"
     return (
         None,
-        f"the wheel has none; with nvcc of CUDA {major} and a C++ compiler, {command} builds them, once",
+        f"the wheel has none; with nvcc of CUDA {major} and a C++ compiler, `LSTM_EXT_CUDA=1 {BUILD}` builds them",
     )
 
 
@@ -352,27 +393,21 @@ def _status_of(backend: str, path: Path, ops_path: Path, record: dict) -> Status
     return Status(backend, str(path), str(ops_path), torch_version=record["torch"], **more)
 
 
-# ---- built on first use
+# ---- built on request
 
 
-def _load_jit() -> _Result:
+def _load_or_build(say: Callable[[str], None]) -> _Result:
     sources = jit.source_dir()
     reason = config.no_cuda_wanted(torch.version.cuda)
+    directory, cuda = jit.folder(sources, "cpu"), None
     if reason is None:
         # A finished build needs no nvcc, so it is looked for first.
-        directory = jit.folder(sources, "cuda", config.requested_architectures())
-        result = _load_finished(directory)
+        with_cuda = jit.folder(sources, "cuda", config.requested_architectures())
+        result = _load_finished(with_cuda)
         if result is not None:
             return result
         cuda, reason = config.choose_cuda(torch.version.cuda)
-        if cuda is not None:
-            return _load_or_build(sources, directory, cuda, None)
-    return _load_or_build(sources, jit.folder(sources, "cpu"), None, reason)
-
-
-def _load_or_build(
-    sources: Path, directory: Path, cuda: config.Cuda | None, cuda_reason: str | None
-) -> _Result:
+        directory = directory if cuda is None else with_cuda
     directory = jit.trusted(directory)
     result = _load_finished(directory)
     if result is None:
@@ -380,11 +415,11 @@ def _load_or_build(
             with jit.exclusive(directory):
                 result = _load_finished(directory)  # another process may have built it while we waited
                 if result is None:
-                    if cuda_reason is not None and torch.version.cuda is not None:
-                        _log.warning("lstm_ext: the extension is built without CUDA kernels: %s", cuda_reason)
-                    if (missing := _missing_in_wheel()) is not None:
-                        _log.warning("lstm_ext: %s", missing)
-                    jit.build(sources, directory, cuda)
+                    if (untested := config.untested(torch.__version__)) is not None:
+                        _log.warning("lstm_ext: %s", untested)
+                    if reason is not None and torch.version.cuda is not None:
+                        _log.warning("lstm_ext: the extension is built without CUDA kernels: %s", reason)
+                    jit.build(sources, directory, cuda, reason, say)
                     result = _load_finished(directory)
         except OSError as error:
             raise BuildError(
@@ -395,8 +430,7 @@ def _load_or_build(
         raise BuildError(
             f"the library in {directory} does not load: report this with `python -m lstm_ext.info`."
         )
-    # The reason is what is missing now, not what was missing when it was built.
-    return replace(result, status=replace(result.status, cuda_reason=cuda_reason))
+    return result
 
 
 def _load_finished(directory: Path) -> _Result | None:
@@ -413,4 +447,8 @@ def _load_finished(directory: Path) -> _Result | None:
     except ImportError as error:
         _log.info("%s does not load: %s", module, error)
         return None
-    return _Result(loaded, _status_of("jit", module, ops_library, record))
+    status = _status_of("jit", module, ops_library, record)
+    if status.cuda is None:
+        # The variable may ask for something else than when it was built.
+        status = replace(status, cuda_reason=config.no_cuda_wanted(torch.version.cuda) or status.cuda_reason)
+    return _Result(loaded, status)

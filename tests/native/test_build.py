@@ -157,16 +157,48 @@ def project(tmp_path: Path) -> Project:
     return Project(tmp_path / "with a space")
 
 
-@pytest.mark.parametrize("version", ["2.10.0+cpu", "2.16.0"])
-def test_a_torch_that_nobody_tried(project: Project, version: str) -> None:
-    said = f"torch {version} is installed, and lstm_ext needs 2.11 to 2.15: `pip install 'torch>=2.11,<=2.15.99'`"
-    code = f"import torch; torch.__version__ = {version!r}; "
+UNTESTED = "lstm_ext was tested with torch 2.11 to 2.15, and not with torch"
+
+
+@pytest.mark.parametrize(
+    ("version", "returncode", "said"),
+    [
+        (
+            "2.10.0+cpu",
+            1,
+            "error: torch 2.10.0+cpu is installed, and lstm_ext needs 2.11 or later: `pip install",
+        ),
+        ("2.16.0", 0, f"warning: {UNTESTED} 2.16.0"),
+        ("2.14.0.dev20260901+cpu", 0, f"warning: {UNTESTED} 2.14.0.dev20260901+cpu"),
+    ],
+)
+def test_the_sources_with_another_torch(project: Project, version: str, returncode: int, said: str) -> None:
+    """One that is too old is refused. One that is newer, or a nightly build, is tried."""
     shutil.copy(Path(__file__).parents[2] / "setup.py", project.root)
     setup = "import sys, runpy; sys.argv[1:] = ['build_ext']; runpy.run_path('setup.py', run_name='__main__')"
-    assert project.last_error(code + setup).startswith(f"error: {said}")
-    returncode, out, err = project.run("-c", code + SHOW)
-    assert (returncode, out) == (0, "torch"), err
-    assert said in err
+    code, _, err = project.run("-c", f"import torch; torch.__version__ = {version!r}; {setup}")
+    assert (code, said in err) == (returncode, True), err
+
+
+@pytest.mark.parametrize(
+    ("built_for", "version", "fits"),
+    [
+        ("2.13.0+cpu", "2.13.1+cu130", True),
+        ("2.13.0", "2.13.0.post1", True),
+        ("2.13.0", "2.14.0", False),
+        ("2.13.0", "3.13.0", False),
+        ("2.16.0", "2.16.0", True),
+        ("2.14.0", "2.14.0.dev20260901", False),
+        ("2.14.0.dev20260901", "2.14.0", False),
+        ("2.14.0.dev20260901", "2.14.0.dev20260902", False),
+        ("2.14.0.dev20260901", "2.14.0.dev20260901", True),
+        ("2.14.0a0+git1", "2.14.0a0+git2", False),
+        ("2.14.0rc1", "2.14.0", False),
+        ("", "2.14.0", False),
+    ],
+)
+def test_which_torch_a_library_fits(built_for: str, version: str, fits: bool) -> None:
+    assert config.fits_torch(built_for, version) is fits
 
 
 def test_one_openmp_runtime() -> None:
@@ -221,12 +253,39 @@ def test_build_ahead_of_time(project: Project) -> None:
     assert project.run("-c", code) == (0, "", "")  # the one finds the other, wherever both lie
 
 
-def test_build_on_first_use(project: Project) -> None:
+BUILD = "python -m lstm_ext.build"
+UNCHANGED = """
+import os, sys
+before = dict(os.environ), set(sys.modules)
+from lstm_ext.native import loader
+loader.extension()
+assert before[0] == dict(os.environ) and "torch.utils.cpp_extension" not in set(sys.modules) - before[1]
+print(loader.status().backend)
+"""
+
+
+def test_nothing_is_compiled_unless_asked(project: Project) -> None:
+    returncode, out, err = project.run("-c", SHOW)
+    assert (returncode, out) == (0, "torch") and not (project.root / "jit").exists()
+    assert f"there is no lstm_ext.native._C. `{BUILD}` compiles them" in err
+
     # Two at once: one builds, the other waits for it.
-    processes = [project.start("-c", SHOW), project.start("-c", SHOW)]
+    processes = [project.start("-m", "lstm_ext.build"), project.start("-m", "lstm_ext.build")]
     outputs = [process.communicate(timeout=300) for process in processes]
-    assert [out.strip() for out, _ in outputs] == ["jit", "jit"], outputs
+    assert [process.returncode for process in processes] == [0, 0], outputs
     assert sum("compiling the extension, once" in err for _, err in outputs) == 1
+    found = sorted(out.splitlines()[-1].partition(":")[0] for out, _ in outputs)
+    assert found == ["built", "nothing to build"]
+    assert sorted(
+        out.count("[1/2] python.o\n") + out.count("[1/2] operators_together.o\n") for out, _ in outputs
+    ) == [0, 2]
+    assert project.run("-c", SHOW) == (0, "jit", "")
+
+    # Or by a variable, in the first call, in a process of its own.
+    shutil.rmtree(project.root / "jit")
+    returncode, out, err = project.run("-c", UNCHANGED, LSTM_EXT_BACKEND="jit")
+    assert (returncode, out) == (0, "jit"), err
+    assert err.count("compiling the extension, once") == 1
 
     # Built once and for all: a compiler is not needed any more.
     assert project.run("-c", SHOW, CXX="no-such-compiler") == (0, "jit", "")
@@ -239,9 +298,10 @@ def test_build_on_first_use(project: Project) -> None:
     (directory / config.RECORD).unlink()
     (directory / "lock").touch()
     (directory / "python.o").write_text("half an object")
-    returncode, out, err = project.run("-c", SHOW)
-    assert (returncode, out) == (0, "jit"), err
-    assert "compiling the extension" in err
+    assert project.run("-c", SHOW)[1] == "torch"
+    returncode, _, err = project.run("-m", "lstm_ext.build")
+    assert returncode == 0 and "compiling the extension" in err
+    assert project.run("-c", SHOW) == (0, "jit", "")
 
     # A library that is whole, and has its own reason: no rebuild.
     returncode, _, err = project.run("-c", SHOW, TINY_REFUSES="1")
@@ -251,9 +311,9 @@ def test_build_on_first_use(project: Project) -> None:
 
     # A library that was cut short, or is gone.
     (directory / "lstm_ext_C.so").write_bytes(b"\x7fELF")
-    assert project.run("-c", SHOW)[:2] == (0, "jit")
+    assert project.run("-c", SHOW)[1] == "torch"
     (directory / "lstm_ext_ops.so").unlink()
-    assert project.run("-c", SHOW)[:2] == (0, "jit")
+    assert project.run("-m", "lstm_ext.build")[0] == 0
     assert (directory / "lstm_ext_ops.so").is_file()
 
 
@@ -272,14 +332,19 @@ def test_build_on_first_use(project: Project) -> None:
     ],
     ids=["missing", "broken", "fails"],
 )
-def test_fallback_warns_once(project: Project, compiler: str | None, said: str) -> None:
+def test_a_compiler_that_does_not_work(project: Project, compiler: str | None, said: str) -> None:
     command = "no-such-compiler" if compiler is None else project.script(compiler)
+    returncode, _, err = project.run("-m", "lstm_ext.build", CXX=command)
+    assert returncode == 1
+    assert err.splitlines()[-1].startswith("lstm_ext.build: error: ") and said in err.splitlines()[-1]
+    error = project.last_error(SHOW, CXX=command, LSTM_EXT_BACKEND="jit")
+    assert error.startswith("ImportError: LSTM_EXT_BACKEND=jit, but the build failed: ") and said in error
+    # A call that nobody asked to compile does not look for a compiler.
     returncode, out, err = project.run("-c", USE, CXX=command)
     assert returncode == 0, err
     count, _, message = out.partition("\n")
     assert count == "1", out
-    assert said in message
-    assert "\n" not in message
+    assert BUILD in message and "\n" not in message
 
 
 @pytest.mark.parametrize(
@@ -287,15 +352,19 @@ def test_fallback_warns_once(project: Project, compiler: str | None, said: str) 
     [
         ("config.search_path = lambda: ''", "pip install ninja"),
         ("config.source_dir = lambda: None", "reinstall lstm_ext"),
+        ("sys.executable, sys.exec_prefix = '', '/nowhere'", "no Python interpreter was found in /nowhere"),
     ],
-    ids=["ninja", "sources"],
+    ids=["ninja", "sources", "python"],
 )
 def test_what_is_missing_is_named(project: Project, patch: str, said: str) -> None:
-    code = f"from lstm_ext.native import loader, config\n{patch}\nloader.extension()"
-    returncode, _, err = project.run("-W", "always", "-c", code)
-    assert returncode == 0, err
-    assert err.count("RuntimeWarning") == 1
-    assert said in err
+    code = f"import sys; from lstm_ext.native import config; {patch}; sys.argv = ['x']; from lstm_ext import build"
+    returncode, _, err = project.run("-c", f"{code}; sys.exit(build.main())")
+    assert returncode == 1 and said in err.splitlines()[-1]
+
+
+def test_bad_arguments_of_the_build(project: Project) -> None:
+    returncode, _, err = project.run("-m", "lstm_ext.build", "--fast")
+    assert (returncode, err) == (2, "lstm_ext.build: expected no arguments, got --fast")
 
 
 @pytest.mark.parametrize("what", ["is_supported_platform = lambda", "runs_here = lambda cpu_set"])
@@ -371,16 +440,29 @@ def test_backend_that_is_not_there(project: Project) -> None:
     )
 
 
-@pytest.mark.parametrize("call", ["extension", "check"])
-def test_built_for_another_torch(project: Project, call: str) -> None:
-    project.ahead_of_time("1.2.3")
-    error = project.last_error(f"from lstm_ext.native import loader; loader.{call}()")
-    assert f"was built for torch 1.2.3, but torch {torch.__version__} is installed: rebuild it with" in error
+def unfit(project: Project, said: str) -> None:
+    """A library that does not fit: torch's own operator computes, and an error only says so if it was asked for."""
+    returncode, out, err = project.run("-c", USE)
+    assert returncode == 0, err
+    count, _, message = out.partition("\n")
+    assert count == "1" and said in message and f"`{BUILD}` compiles them" in message, out
+    error = project.last_error(SHOW, LSTM_EXT_BACKEND="aot")
+    assert (
+        error.startswith("ImportError: LSTM_EXT_BACKEND=aot, but ")
+        and said in error
+        and ": build it with" in error
+    )
+
+
+@pytest.mark.parametrize("version", ["1.2.3", f"{torch.__version__.partition('+')[0]}.dev20260901"])
+def test_built_for_another_torch(project: Project, version: str) -> None:
+    project.ahead_of_time(version)
+    unfit(project, f"was built for torch {version}, and torch {torch.__version__} is installed")
 
 
 def test_built_for_nobody_knows_what(project: Project) -> None:
     project.ahead_of_time(None)
-    assert f"has no {config.RECORD} beside it: rebuild it with" in project.last_error(SHOW)
+    unfit(project, f"has no {config.RECORD} beside it")
 
 
 @pytest.mark.parametrize("broken", ["python", "operators"])
@@ -392,16 +474,14 @@ def test_undefined_symbol(project: Project, broken: str) -> None:
     ):
         contents[name] = project.compiled(name, link_flags, *(["-DBROKEN"] if name == broken else []))
     project.ahead_of_time(torch.__version__, contents["python"], contents["operators"])
-    error = project.last_error(SHOW)
-    assert f"does not fit the installed torch {torch.__version__}" in error
-    assert "missing_from_torch" in error
-    assert "rebuild it with" in error
+    unfit(project, f"does not fit the installed torch {torch.__version__} (")
+    assert "missing_from_torch" in project.last_error(SHOW, LSTM_EXT_BACKEND="aot")
 
 
 def test_one_library_without_the_other(project: Project) -> None:
     project.ahead_of_time(torch.__version__)
     (project.package / "native" / config.OPS_LIBRARY).unlink()
-    assert f"has no {config.OPS_LIBRARY} beside it: rebuild it with" in project.last_error(SHOW)
+    unfit(project, f"has no {config.OPS_LIBRARY} beside it")
 
 
 MINOR = ".".join(torch.__version__.split(".")[:2])
@@ -415,7 +495,7 @@ def test_a_wheel_has_a_library_for_each_torch(project: Project) -> None:
     ops = project.package / "native" / config.ops_library(MINOR)
     assert project.run("-c", show) == (0, f"aot\n{MINOR}.9 {ops}", "")
     ops.unlink()
-    assert f"has no {ops.name} beside it: rebuild it with" in project.last_error(SHOW)
+    unfit(project, f"has no {ops.name} beside it")
 
 
 def test_the_modules_of_a_python_with_and_without_the_gil(project: Project) -> None:
@@ -436,14 +516,9 @@ def test_a_torch_that_the_wheel_lacks(project: Project) -> None:
     project.wheel("1.2")
     version = f"{sys.version_info[0]}.{sys.version_info[1]}{sys.abiflags}"
     said = f"the wheel has no library for torch {MINOR} with Python {version}"
-    returncode, out, _ = project.run("-c", USE, CXX="no-such-compiler")
-    assert (returncode, out.partition("\n")[0]) == (0, "1"), out
-    assert f"{said}, and it cannot be built: no C++ compiler was found" in out
-    error = project.last_error(SHOW, LSTM_EXT_BACKEND="aot")
-    assert error.startswith(f"ImportError: LSTM_EXT_BACKEND=aot, but {said}: build it with")
-    returncode, out, err = project.run("-c", SHOW)
-    assert (returncode, out) == (0, "jit")
-    assert said in err
+    unfit(project, said)
+    assert project.run("-m", "lstm_ext.build")[0] == 0
+    assert project.run("-c", SHOW) == (0, "jit", "")
 
 
 def test_a_build_with_cuda_comes_before_a_wheel(project: Project) -> None:
@@ -454,12 +529,12 @@ def test_a_build_with_cuda_comes_before_a_wheel(project: Project) -> None:
     returncode, out, err = project.run("-c", code, **environment)
     assert returncode == 0, err
     assert out.startswith("aot\nthe wheel has none; with nvcc of CUDA 13")
-    assert "`LSTM_EXT_CUDA=1 python -m lstm_ext.info` builds them, once" in out
-    assert "LSTM_EXT_CUDA=1, but nvcc was not found" in project.last_error(
-        code, LSTM_EXT_CUDA="1", **environment
-    )
+    assert f"`LSTM_EXT_CUDA=1 {BUILD}` builds them" in out
+    build = "import torch; torch.version.cuda = '13.0'; from lstm_ext import build; build.main()"
+    said = project.run("-c", build, LSTM_EXT_CUDA="1", **environment)[2]
+    assert "LSTM_EXT_CUDA=1, but nvcc was not found" in said
 
-    # A build on first use that is finished.
+    # A build on request that is finished.
     place = "from lstm_ext.native import config, jit; print(jit.folder(jit.source_dir(), 'cuda', '9.0'))"
     folder = Path(project.run("-c", place)[1])
     assert project.run("-c", SHOW, LSTM_EXT_BACKEND="jit")[1] == "jit"

@@ -285,20 +285,21 @@ def test_operators_have_cuda_kernels_if_the_build_says_so() -> None:
 # ---- whole builds. A torch that says it has CUDA is enough to see what happens without nvcc.
 
 PRETEND = "import torch; torch.version.cuda = '13.0'; "
+JIT = {"LSTM_EXT_BACKEND": "jit"}
 
 
-def test_first_use_without_nvcc(project: Project, tmp_path: Path) -> None:
+def test_on_request_without_nvcc(project: Project, tmp_path: Path) -> None:
     said = "nvcc was not found in CUDA_HOME="
-    returncode, out, err = project.run("-c", PRETEND + SHOW_CUDA, CUDA_HOME=str(tmp_path))
+    returncode, out, err = project.run("-c", PRETEND + SHOW_CUDA, CUDA_HOME=str(tmp_path), **JIT)
     assert returncode == 0, err
     assert out.startswith(f"jit\nNone\n{said}")
     assert f"the extension is built without CUDA kernels: {said}" in err
     # It is said when it is built, and by `python -m lstm_ext.info`, not in every process.
-    assert project.run("-c", PRETEND + SHOW_CUDA, CUDA_HOME=str(tmp_path)) == (0, out, "")
+    assert project.run("-c", PRETEND + SHOW_CUDA, CUDA_HOME=str(tmp_path), **JIT) == (0, out, "")
 
-    error = project.last_error(PRETEND + SHOW, CUDA_HOME=str(tmp_path), LSTM_EXT_CUDA="1")
+    error = project.last_error(PRETEND + SHOW, CUDA_HOME=str(tmp_path), **JIT, LSTM_EXT_CUDA="1")
     assert error.startswith(f"ImportError: LSTM_EXT_CUDA=1, but {said}")
-    returncode, out, _ = project.run("-c", PRETEND + SHOW_CUDA, LSTM_EXT_CUDA="0")
+    returncode, out, _ = project.run("-c", PRETEND + SHOW_CUDA, LSTM_EXT_CUDA="0", **JIT)
     assert (returncode, out) == (0, "jit\nNone\nLSTM_EXT_CUDA=0 asks for none")
 
 
@@ -382,9 +383,9 @@ def test_ahead_of_time_with_cuda(cuda_project: Project, cuda: config.Cuda) -> No
     assert "libc10_cuda.so" not in needed_by(ops_library)
 
 
-def test_first_use_with_cuda(cuda_project: Project, cuda: config.Cuda) -> None:
+def test_on_request_with_cuda(cuda_project: Project, cuda: config.Cuda) -> None:
     project = cuda_project
-    environment = {"TORCH_CUDA_ARCH_LIST": "8.0"}
+    environment = {"TORCH_CUDA_ARCH_LIST": "8.0", **JIT}
     # torch.utils.cpp_extension looks for CUDA when it is imported, here where it cannot find it.
     code = "import os; os.environ['CUDA_HOME'] = '/nowhere'; import torch.utils.cpp_extension"
     code += f"; del os.environ['CUDA_HOME']; {SHOW_CUDA}"
@@ -395,6 +396,6 @@ def test_first_use_with_cuda(cuda_project: Project, cuda: config.Cuda) -> None:
     assert project.run("-c", SHOW_CUDA, **environment, **without) == (0, out, "")
 
     (project.root / "csrc" / "cuda" / "tiny_kernel.cu").write_text("#error broken kernel\n")
-    error = project.last_error(SHOW, LSTM_EXT_BACKEND="jit", **environment)
+    error = project.last_error(SHOW, **environment)
     assert "broken kernel" in error
     assert error.endswith("(LSTM_EXT_CUDA=0 builds the CPU kernels alone)")

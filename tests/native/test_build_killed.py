@@ -1,4 +1,4 @@
-"""A build on first use that is killed takes its compilers along, and leaves the way free for the next one."""
+"""A build that is killed takes its compilers along, and leaves the way free for the next one."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from lstm_ext.native import config
 
 pytestmark = [
     pytest.mark.tools,
-    pytest.mark.skipif(not config.is_supported_platform(), reason="no build on first use here"),
+    pytest.mark.skipif(not config.is_supported_platform(), reason="no build here"),
 ]
 
 MARK = "LSTM_EXT_TEST_OF_A_KILLED_BUILD"
+WANTED = {"LSTM_EXT_BACKEND": "jit", "LSTM_EXT_CUDA": "0"}
 # A driver and the compiler that it starts, as those of g++; both ignore polite requests.
 SLOW = """
 case $1 in --version) echo g++ 12; exit;; esac
@@ -65,7 +66,7 @@ def test_no_compiler_is_left(tmp_path: Path, kind: signal.Signals, to: str) -> N
     """A signal for the whole group is what a terminal sends."""
     project = Project(tmp_path / "with a space")
     started, mark = tmp_path / "started", str(tmp_path)
-    environment = {"CXX": project.script(SLOW), "STARTED": str(started), MARK: mark, "LSTM_EXT_CUDA": "0"}
+    environment = {"CXX": project.script(SLOW), "STARTED": str(started), MARK: mark, **WANTED}
     with project.start("-c", START, **environment) as process:
         assert wait_until(started.exists, 60), process.communicate()
         assert wait_until(lambda: sleeps(mark), 2), marked(mark)
@@ -74,7 +75,7 @@ def test_no_compiler_is_left(tmp_path: Path, kind: signal.Signals, to: str) -> N
     assert process.returncode in (-kind, 128 + kind)
     assert wait_until(lambda: not marked(mark), 2), marked(mark)
 
-    returncode, out, err = project.run("-c", SHOW, LSTM_EXT_CUDA="0")
+    returncode, out, err = project.run("-c", SHOW, **WANTED)
     assert (returncode, out) == (0, "jit"), err
     assert "waiting for" not in err
     assert "compiling the extension" in err
@@ -91,13 +92,13 @@ def test_an_exception_in_the_build_ends_it(tmp_path: Path) -> None:
         "except KeyboardInterrupt: print('interrupted', flush=True)\n"
         "time.sleep(300)\n"
     )
-    environment = {"CXX": project.script(SLOW), "STARTED": str(started), MARK: mark, "LSTM_EXT_CUDA": "0"}
+    environment = {"CXX": project.script(SLOW), "STARTED": str(started), MARK: mark, **WANTED}
     with project.start("-c", program, **environment) as process:
         assert wait_until(started.exists, 60), process.communicate()
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "interrupted\n"
         assert wait_until(lambda: len(marked(mark)) == 1, 2), marked(mark)
-        assert project.run("-c", SHOW, LSTM_EXT_CUDA="0")[:2] == (0, "jit")  # beside it: the lock is free
+        assert project.run("-c", SHOW, **WANTED)[:2] == (0, "jit")  # beside it: the lock is free
         process.kill()
         process.communicate(timeout=10)
 
