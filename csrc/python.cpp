@@ -15,6 +15,7 @@
 #include "torch/backend.h"
 #include "torch/frozen.h"
 #include "torch/parallel.h"
+#include "torch/scratch.h"
 
 #ifndef LSTM_EXT_VERSION
 #define LSTM_EXT_VERSION "unknown"
@@ -361,6 +362,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       "cuda_wait_expired",
       [](const std::optional<int>& device) { return lstm_ext::cuda_wait_expired(device.value_or(0)); },
       py::arg("device"));
+  m.def("release_memory", &lstm_ext::release_scratch, py::call_guard<py::gil_scoped_release>());
   m.def("worker_limit", [] {
     const lstm_ext::Limit limit = lstm_ext::worker_limit();
     return std::make_pair(limit.workers, limit.seconds);

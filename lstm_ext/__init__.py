@@ -14,6 +14,7 @@ from .call.layout import LSTMExtras
 from .layer.cuda_kernels import check_waits as check_cuda_waits
 from .native import loader
 from .native.config import VERSION as __version__
+from .native.loader import release_memory
 from .nn.cell import LSTMCell
 from .nn.convert import convert, report, revert
 from .nn.explain import explain
@@ -58,6 +59,7 @@ __all__ = [
     "functional",
     "patch",
     "reference",
+    "release_memory",
     "report",
     "revert",
     "to_keras",

@@ -7,9 +7,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
+#include <malloc.h>
 #include <sys/mman.h>
 #endif
 
@@ -72,6 +75,20 @@ class Kept {
       }
     }
     free(dropped);
+  }
+
+  size_t release() {
+    std::vector<Block*> dropped;
+    size_t bytes = 0;
+    {
+      std::unique_lock<std::mutex> lock(mutex_, std::defer_lock);
+      for (int i = 0; i < 1000 && !lock.try_lock(); ++i) std::this_thread::yield();
+      if (!lock.owns_lock()) return 0;
+      dropped.swap(blocks_);
+      std::swap(bytes, bytes_);
+    }
+    free(dropped);
+    return bytes;
   }
 
  private:
@@ -166,6 +183,14 @@ at::Tensor empty_on_cpu(at::IntArrayRef sizes, const at::TensorOptions& options)
     return at::empty(sizes, options);
   }
   return at::Tensor(at::detail::empty_cpu(sizes, options));
+}
+
+size_t release_scratch() {
+  const size_t bytes = kept().release();
+#if defined(__GLIBC__)
+  malloc_trim(0);  // free() alone keeps what is not at the end of the heap
+#endif
+  return bytes;
 }
 
 at::Tensor scratch_empty(at::IntArrayRef sizes, const at::TensorOptions& options) {

@@ -3,6 +3,8 @@
 
 #include <ATen/ATen.h>
 
+#include "contract/visibility.h"
+
 namespace lstm_ext {
 
 // An uninitialised CPU tensor for use within a call. Large ones are kept for the next call, up to kScratchBytes in a
@@ -14,6 +16,9 @@ at::Tensor scratch_empty(at::IntArrayRef sizes, const at::TensorOptions& options
 at::Tensor gradient_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 constexpr size_t kScratchBytes = size_t{256} << 20;
+
+// Frees the memory that is kept, and returns how many bytes that were. Memory of running calls is not among it.
+LSTM_EXT_PUBLIC size_t release_scratch();
 
 // Same as at::empty, without the dispatcher, which takes as long as the allocation of a small tensor. Not used if torch
 // fills new memory with NaN, which happens behind the dispatcher.

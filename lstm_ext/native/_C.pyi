@@ -19,6 +19,9 @@ class LayerOptions:
 # gates, cells, hidden, norm_products, norm_factors: None if the layer does not need it.
 Saved = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
+def release_memory() -> int:
+    """Free the memory on the CPU that calls keep for later ones, and return how many bytes that were."""
+
 def lstm_layer_forward(
     input: Tensor,
     h0: Tensor | None,
