@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .call import run
 from .call.layout import LSTMExtras
 from .layer import route
+from .native import integrations
 from .options import FunctionalOptions, signature_of
 
 if TYPE_CHECKING:
@@ -156,6 +157,7 @@ def lstm(
         ValueError: a shape, number of weights, dtype, device or value is wrong; the text names the argument.
         RuntimeError: the sequence is empty (T == 0), with torch's text.
     """
+    integrations.install()
     return run.lstm(
         route.lstm_layer,
         input,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..layer.tracing import is_zero
-from ..native.imports import constant_for_dynamo
+from ..native.integrations import constant_for_dynamo
 from .arguments import Requested
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()

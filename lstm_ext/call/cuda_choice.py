@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..layer import cuda_kernels, route
 from ..layer.tracing import KERNEL_DTYPES, in_a_thread, is_plain_eager
 from ..native import config, loader, selftest_record
-from ..native.imports import constant_for_dynamo
+from ..native.integrations import constant_for_dynamo
 from .arguments import Stack
 from .torch_operator import PlainStack
 

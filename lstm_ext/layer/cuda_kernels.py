@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ..native import config, loader, selftest_record
-from ..native.imports import constant_for_dynamo
+from ..native.integrations import constant_for_dynamo
 from . import equations
 from .layer_call import LayerCall, LayerOptions
 from .tracing import in_a_thread

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..native import loader
-from ..native.imports import when_imported
+from ..native import integrations, loader
 from .layer_call import OPTION_NAMES, PLAIN, LayerCall, LayerOptions
 from .shapes import check_shapes, weights_per_direction
 
@@ -202,7 +201,7 @@ def register_flops(formulas: dict[str, Callable[..., int]]) -> None:
 
     # Importing it here would import triton too, which turns on the GIL of a Python without it, or would warn that there
     # is none.
-    when_imported("torch.utils.flop_counter", " ".join(formulas), add)
+    integrations.add(" ".join(formulas), "torch.utils.flop_counter", add, "torch 2.11 to 2.15")
 
 
 loader.on_load(register)

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..native import loader
-from ..native.imports import constant_for_dynamo
+from ..native.integrations import constant_for_dynamo, onnx_has_our_operator
 from . import cuda_kernels, equations, transforms
 from .layer_call import PLAIN, LayerCall, LayerFunction, LayerOptions, LayerResults
 from .shapes import weights_per_direction
@@ -45,7 +45,6 @@ from .tracing import (
     is_active,
     is_exporting_to_onnx,
     is_plain_eager,
-    onnx_has_our_operator,
     refuse_shards,
 )
 

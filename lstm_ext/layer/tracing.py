@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..native.imports import constant_for_dynamo
+from ..native.integrations import constant_for_dynamo
 
 _T = TypeVar("_T")
 # Bound here, because a lookup through the modules costs time.
@@ -81,22 +81,6 @@ def is_zero(size: int) -> bool:
 @constant_for_dynamo
 def is_exporting_to_onnx() -> bool:
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
-
-
-@constant_for_dynamo
-def onnx_has_our_operator() -> bool:
-    """Whether the running export to ONNX was given a translation of our operator.
-
-    torch has no query for the translations of an export, so this looks for the call of ``torch.onnx.export``. This
-    keeps no state that could be left behind, and finds a table that callers of torch's function pass themselves.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "export" and frame.f_globals.get("__name__") == "torch.onnx":
-            table = frame.f_locals.get("custom_translation_table") or {}
-            return any([str(operator).startswith("lstm_ext.lstm_layer") for operator in table])
-        frame = frame.f_back
-    return False
 
 
 def leaf_of_graph(

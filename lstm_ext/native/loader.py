@@ -25,7 +25,7 @@ import torch
 
 from . import config, jit
 from .config import BuildError
-from .imports import constant_for_dynamo
+from .integrations import constant_for_dynamo
 
 BUILD = "python -m lstm_ext.build"
 _log = logging.getLogger("lstm_ext")

@@ -9,7 +9,6 @@ The methods have the names that those of torch's layer get when it is compiled.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from ..native import integrations
 from ..options import OPTIONS
 
 
@@ -46,19 +46,9 @@ class IgnoredAttributes:
         self._names = list(names)
 
     def __get__(self, layer: Any, cls: type) -> list[str]:
-        if layer is not None and _is_compiled():
+        if layer is not None and integrations.is_compiled_by_jit():
             layer.__prepare_scriptable__()
         return self._names
-
-
-def _is_compiled() -> bool:
-    """Whether ``torch.jit``, which calls this, compiles the module. Before a trace it reads the same attribute."""
-    frame = sys._getframe(2)
-    while frame is not None and frame.f_globals.get("__name__") == "torch.jit._recursive":
-        if frame.f_code.co_name == "create_script_module":
-            return not frame.f_locals["is_tracing"]
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
 
 
 class ScriptedLSTM(nn.RNNBase):

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..native.integrations import let_dynamo_take
 from .cell import LSTMCell
-from .dynamo import let_dynamo_take
 from .lstm import LSTM, runs_without_kernels
 
 # torch's own classes, bound when this package is imported.
