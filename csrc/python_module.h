@@ -4,11 +4,14 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/PyInterpreter.h>
 #include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -50,7 +53,20 @@ struct ModuleLayout {
   bool batch_first, unbatched, step;
 };
 
-inline bool is_plain_call() { return is_plain_context() && !at::autocast::is_autocast_enabled(at::kCPU); }
+// Whether a torch function mode is on, which sees what goes through the dispatcher; is_watched in
+// lstm_ext/layer/tracing.py. The mode of torch.set_default_device looks at functions that make tensors only.
+inline bool is_watched() {
+  using Modes = at::impl::PythonTorchFunctionTLS;
+  if (!at::impl::torch_function_mode_enabled()) return false;
+  for (int64_t i = 0; i < Modes::stack_len(); ++i) {
+    PyObject* mode = Modes::get_stack_at(i)->ptr(getPyInterpreter());
+    if (std::strcmp(Py_TYPE(mode)->tp_name, "DeviceContext") != 0) return true;
+  }
+  return false;
+}
+inline bool is_plain_call() {
+  return is_plain_context() && !at::autocast::is_autocast_enabled(at::kCPU) && !is_watched();
+}
 inline bool has_kernel(at::ScalarType dtype) {
   return dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf;
 }

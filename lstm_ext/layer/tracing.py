@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from ..native.integrations import constant_for_dynamo
 
@@ -19,6 +21,7 @@ _is_compiling = torch.compiler.is_compiling
 _is_jit_tracing = torch._C._is_tracing
 innermost_transform = torch._C._functorch.peek_interpreter_stack
 dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
 is_active = torch._C._dispatch_tls_is_dispatch_key_included
 # Active within the vmap of is_grads_batched=True and of torch.autograd.functional, whose batches look like plain
 # tensors and have no memory of their own.
@@ -31,8 +34,18 @@ PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
+def is_watched() -> bool:
+    """Whether a torch function mode is on, which sees what goes through the dispatcher.
+
+    The mode of ``torch.set_default_device`` looks at functions that make tensors only.
+    """
+    return _function_modes() > 0 and any(
+        [type(mode) is not DeviceContext for mode in _get_current_function_mode_stack()]
+    )
+
+
 def is_plain_eager() -> bool:
-    """Whether no compiler, tracer, transform or dispatch mode intercepts calls. Ignores forward-mode AD."""
+    """Whether no compiler, tracer, transform or mode intercepts calls. Ignores forward-mode AD."""
     return (
         not _is_compiling()
         and not _is_jit_tracing()
@@ -40,6 +53,7 @@ def is_plain_eager() -> bool:
         and dispatch_modes() == 0
         and not is_active(LEGACY_VMAP)
         and not is_active(PRE_DISPATCH)
+        and not is_watched()
     )
 
 
