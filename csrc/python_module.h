@@ -289,6 +289,28 @@ inline PyObject* lstm_cell_module(PyObject* /*self*/, PyObject* const* args, Py_
   END_HANDLE_TH_ERRORS
 }
 
+// A number that changes with each change in place that torch counts, and with each other memory: of a list for each
+// layer of its weights.
+inline PyObject* weights_stamp(PyObject* /*self*/, PyObject* weights) {
+  HANDLE_TH_ERRORS
+  if (!PyList_CheckExact(weights)) throw py::type_error("weights_stamp: expected a list of lists of Tensors");
+  uint64_t stamp = 0;
+  for (PyObject* const layer : Items(weights)) {
+    if (!PyList_CheckExact(layer)) throw py::type_error("weights_stamp: expected a list of lists of Tensors");
+    for (PyObject* const item : Items(layer)) {
+      if (!THPVariable_CheckExact(item) && !THPVariable_Check(item))
+        throw py::type_error("weights_stamp: expected a list of lists of Tensors");
+      const Tensor& weight = THPVariable_Unpack(item);
+      // Tensors of the inference mode have no counter, and those of transforms no memory.
+      const uint64_t version = weight.is_inference() ? 0 : weight._version();
+      const uint64_t place = weight.has_storage() ? reinterpret_cast<uintptr_t>(weight.const_data_ptr()) : 0;
+      stamp = stamp * 1000003 + version + (place << 8);
+    }
+  }
+  return PyLong_FromUnsignedLongLong(stamp);
+  END_HANDLE_TH_ERRORS
+}
+
 inline void bind_module_calls(py::module_& m) {
   const auto bind = [&](PyMethodDef& method) {
     m.add_object(method.ml_name, py::reinterpret_steal<py::object>(PyCFunction_NewEx(&method, nullptr, nullptr)));
@@ -298,8 +320,10 @@ inline void bind_module_calls(py::module_& m) {
   };
   static PyMethodDef layers = {"lstm_module", as_method(&lstm_module), METH_FASTCALL, nullptr};
   static PyMethodDef cell = {"lstm_cell_module", as_method(&lstm_cell_module), METH_FASTCALL, nullptr};
+  static PyMethodDef stamp = {"weights_stamp", &weights_stamp, METH_O, nullptr};
   bind(layers);
   bind(cell);
+  bind(stamp);
 }
 
 }  // namespace lstm_ext::python

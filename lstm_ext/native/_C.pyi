@@ -19,6 +19,9 @@ class LayerOptions:
 # gates, cells, hidden, norm_products, norm_factors: None if the layer does not need it.
 Saved = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
+def weights_stamp(weights: list[list[Tensor]]) -> int:
+    """A number that changes with each change in place that torch counts, and where a weight has other memory."""
+
 def release_memory() -> int:
     """Free the memory on the CPU that calls keep for later ones, and return how many bytes that were."""
 

@@ -36,13 +36,17 @@ _NO_TORCHSCRIPT = (
 _REQUIRED = "_lstm_ext_required_grad"
 
 # Attributes that are derived from the packed weights and belong to this processor.
-_MADE_OF_PACKED = ("_frozen_options", "_native_options")
+_MADE_OF_PACKED = ("_frozen_options", "_native_options", "_frozen_stamp")
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
 class FrozenLSTM(LSTM):
     """The frozen form of an :class:`lstm_ext.LSTM`, from :func:`freeze`: for inference, with packed weights.
+
+    Weights that are changed later are noticed and refused, with two exceptions: ``weight.data.copy_(...)`` and other
+    writes through ``.data`` or another library, which torch counts nowhere, and programs of ``torch.compile`` and
+    ``torch.export``. After such a change load the weights (``load_state_dict``) or freeze the model anew.
 
     Example::
 
@@ -55,8 +59,9 @@ class FrozenLSTM(LSTM):
     It has the interface of :class:`lstm_ext.LSTM`, and its state dict. The weights are packed when the layer is frozen,
     loaded (``load_state_dict``, pickle) or moved to another dtype. They are buffers that no state dict holds.
 
-    A layer does not notice if one of its weights is changed in place. If a weight is another tensor than the packed one
-    (after an assignment, a parametrization, ``torch.func.functional_call``), a call raises a RuntimeError.
+    A call raises a RuntimeError if a weight is another tensor than the packed one (after an assignment, a
+    parametrization, ``torch.func.functional_call``), or has been changed in place since (an optimizer, ``copy_`` of a
+    moving average, ``weight.data = ...``).
 
     It has no gradients: a call raises a RuntimeError if its input, a state or a parameter requires them, unless
     gradients are off. ``train()`` sets the flag ``training``, as on any module, and changes no result: nothing is
@@ -119,6 +124,7 @@ class FrozenLSTM(LSTM):
         for options in self._frozen_options:
             options.native = kernels.LayerOptions(frozen=options.frozen)
         self._native_options = [options.native for options in self._frozen_options]
+        self._frozen_stamp = kernels.weights_stamp(self._frozen_from)
 
     def _weights_by_layer(self) -> list[list[Tensor]]:
         if torch.compiler.is_compiling():
@@ -135,6 +141,11 @@ class FrozenLSTM(LSTM):
             same = False
         if not same:
             self._refuse_others(super()._weights_by_layer())
+        elif loader.extension().weights_stamp(self._frozen_from) != self._frozen_stamp:  # type: ignore[union-attr]
+            raise RuntimeError(
+                "FrozenLSTM: a weight was changed in place after it was packed: load_state_dict packs new numbers, and "
+                "lstm_ext.unfreeze gives a layer that reads its weights in each call"
+            )
         return self._frozen_from
 
     def _refuse_others(self, weights: Sequence[Sequence[Tensor]]) -> None:
@@ -182,6 +193,7 @@ class FrozenLSTM(LSTM):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenLSTM:
         # The packed bytes are copied, not made again: the copy computes the same as this layer.
+        self._weights_by_layer()  # what does not fit its packed weights is not copied
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         left_out = (*_MADE_OF_PACKED, "_flat_weights", "_flat_weight_refs", "_compiled_call_impl")
