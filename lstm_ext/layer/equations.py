@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # Imported by name: profilers replace functions in the module by their own, and would count these beside the layer
 # itself.
@@ -15,7 +16,7 @@ from torch.nn.functional import layer_norm, linear
 from .activations import activation_functions
 from .layer_call import LayerCall, LayerOptions, LayerResults
 from .shapes import check_shapes, count_mask, direction_of
-from .tracing import any_autocast
+from .tracing import any_autocast, innermost_transform
 
 
 def lstm_layer(call: LayerCall) -> LayerResults:
@@ -52,7 +53,14 @@ def _equations(call: LayerCall) -> LayerResults:
 
 
 def _normalised(x: Tensor, gain: Tensor, shift: Tensor | None) -> Tensor:
-    return layer_norm(x, gain.shape, gain, shift, eps=1e-5)
+    eps = 1e-5
+    if forward_ad._current_level < 0 and innermost_transform() is None:
+        return layer_norm(x, gain.shape, gain, shift, eps)
+    # torch takes the mean and the deviation for constants where it differentiates the tangent of its own function, or a
+    # gradient that was taken under vmap.
+    centred = x - x.mean(-1, keepdim=True)
+    y = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt() * gain
+    return y if shift is None else y + shift
 
 
 def _cell(
