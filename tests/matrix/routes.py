@@ -12,7 +12,8 @@ import io
 import itertools
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,9 @@ from unittest import mock
 import torch
 from graphs import Recorder
 from torch import Tensor, nn
+from torch.func import functional_call, jacfwd, jvp, vjp, vmap
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 import lstm_ext
 from lstm_ext import functional, reference
@@ -43,6 +46,9 @@ class Route(NamedTuple):
         modes: those of a case that it has: "grad", "no_grad", "inference_mode", "twice" for gradients of gradients.
         kind: the class of the module.
         tier: "" for `make test`, "tools" for what takes long.
+        share: the number of its cases that are of this tier.
+        others: whether the tier "full" has its other cases, which it has not where one takes half a minute.
+        dtype: that of its cases, "" for any.
     """
 
     call: Call
@@ -50,9 +56,16 @@ class Route(NamedTuple):
     modes: tuple[str, ...] = ("grad", "no_grad", "inference_mode", "twice")
     kind: type[nn.Module] = lstm_ext.LSTM
     tier: str = ""
+    share: int = 24
+    others: bool = True
+    dtype: str = ""
 
-    def takes(self, case: Case) -> bool:
-        return case.mode in self.modes and self.has(case)
+    def cases(self, cases: dict[str, Case], mode: str) -> dict[str, Case]:
+        """Those of a table that it has, in a mode that it has."""
+        if mode not in self.modes:
+            return {}
+        changed = {n: replace(c, mode=mode, dtype=self.dtype or c.dtype) for n, c in cases.items()}
+        return {name: case for name, case in changed.items() if self.has(case)}
 
 
 # --- which cases
@@ -135,13 +148,13 @@ def by_cells(module: Any, x: Tensor, hx: Any) -> Any:
     x = x.transpose(0, 1) if module.batch_first and x.dim() == 3 else x
     finals = []
     for k in range(module.num_layers):
-        cell = lstm_ext.LSTMCell(x.size(-1), module.hidden_size, module.bias, device="meta")
-        for name, _ in list(cell.named_parameters()):
-            setattr(cell, name, getattr(module, f"{name}_l{k}"))
+        with mock.patch.object(lstm_ext.LSTMCell, "reset_parameters"):  # under vmap nothing may be drawn
+            cell = lstm_ext.LSTMCell(x.size(-1), module.hidden_size, module.bias, device="meta")
+        shared = {name: getattr(module, f"{name}_l{k}") for name, _ in cell.named_parameters()}
         state = None if hx is None else (hx[0][k], hx[1][k])
         outputs = []
         for x_t in x:
-            state = cell(x_t, state)
+            state = functional_call(cell, shared, (x_t, state))
             outputs.append(state[0])
         finals.append(state)
         x = torch.stack(outputs)
@@ -213,10 +226,91 @@ def by_vmap(module: Any, x: Tensor, hx: Any, **more: Any) -> Any:
         y, states, *extras = module(x, hx, **more)
         return y, states, *[{n: e for n, e in extra._asdict().items() if e is not None} for extra in extras]
 
-    y, states, *extras = torch.func.vmap(call)(torch.stack([x, 0.5 * x]))
+    y, states, *extras = vmap(call)(torch.stack([x, 0.5 * x]))
     first = [lstm_ext.LSTMExtras(**{n: extra[n][0] if n in extra else None for n in lstm_ext.LSTMExtras._fields})
              for extra in extras]  # fmt: skip
     return y[0], (states[0][0], states[1][0]), *first
+
+
+class _ByTransform(torch.autograd.Function):
+    """A function whose values and whose gradients two other functions give."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Any, gradients: Any, *leaves: Tensor) -> tuple[Tensor, ...]:
+        ctx.gradients = gradients
+        ctx.save_for_backward(*leaves)
+        return tuple(values(*leaves))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
+        return None, None, *ctx.gradients(ctx.saved_tensors, grads)
+
+
+def differentiated(values: Any, gradients: Any, module: Any, x: Any, hx: Any, **more: Any) -> Any:
+    """A call whose gradients are those of a transform: ``gradients`` takes a function, its leaves and what goes in."""
+    packed = isinstance(x, PackedSequence)
+    given = {"x": x.data if packed else x, "hx": hx, "reset_state": more.pop("reset_state", None)}
+    parameters = dict(module.named_parameters())
+    leaves, form = tree_flatten(({n: v for n, v in given.items() if v is not None}, parameters))
+
+    def function(*leaves: Tensor) -> list[Tensor]:
+        given, parameters = tree_unflatten(leaves, form)
+        data, hx = given.pop("x"), given.pop("hx", None)
+        input = x._replace(data=data) if packed else data
+        y, *rest = functional_call(module, parameters, (input, hx), more | given)
+        rest = [tuple(found) for found in rest]  # the states and the extras
+        return [t for t in tree_leaves((y.data if packed else y, rest)) if t is not None]
+
+    y, h, c, *rest = _ByTransform.apply(partial(values, function), partial(gradients, function), *leaves)
+    names = [name for name in lstm_ext.LSTMExtras._fields if f"return_{name}" in more]
+    extras = [lstm_ext.LSTMExtras(**dict(zip(names, rest, strict=True)))] if names else []
+    return x._replace(data=y) if packed else y, (h, c), *extras
+
+
+def of_samples(function: Any, data: Tensor, *shared: Tensor) -> list[Tensor]:
+    """The values of the first of two samples."""
+    found = vmap(lambda data: function(data, *shared))(torch.stack([data, 0.5 * data]))
+    return [y[0] for y in found]
+
+
+def per_sample_gradients(function: Any, leaves: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+    """Those of the first of two samples, which share all but the input."""
+    data, *shared = leaves
+
+    def of_one(data: Tensor, grads: list[Tensor]) -> tuple[Tensor, ...]:
+        return vjp(function, data, *shared)[1](grads)
+
+    found = vmap(of_one)(torch.stack([data, 0.5 * data]), [torch.stack([g, -g]) for g in grads])
+    return [g[0] for g in found]
+
+
+def of_dual_numbers(function: Any, *leaves: Tensor) -> list[Tensor]:
+    return jvp(function, leaves, leaves)[0]
+
+
+def forward_gradients(function: Any, leaves: Sequence[Tensor], grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The slope along each number of each leaf."""
+
+    def weighted(*leaves: Tensor) -> Tensor:
+        return torch.stack([(y * g).sum() for y, g in zip(function(*leaves), grads, strict=True)]).sum()
+
+    return jacfwd(weighted, tuple(range(len(leaves))))(*leaves)
+
+
+def under_autocast(module: Any, x: Any, hx: Any, **more: Any) -> Any:
+    """In float32, with numbers of the lower precision: a layer of that precision has the same results."""
+    wide = partial(tree_map, lambda t: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t)
+    input = x._replace(data=x.data.float()) if isinstance(x, PackedSequence) else x.float()
+    dtype = module.weight_ih_l0.dtype
+    with torch.autocast("cpu", dtype):
+        results = functional_call(
+            module, wide(dict(module.named_parameters())), (input, wide(hx)), wide(more)
+        )
+    y, states, *extras = results
+    # Elsewhere than in oneDNN's layer torch lowers the precision of the products alone.
+    y = y._replace(data=y.data.to(dtype)) if isinstance(y, PackedSequence) else y.to(dtype)
+    of_extras = [lstm_ext.LSTMExtras(*[e if e is None else e.to(dtype) for e in extra]) for extra in extras]
+    return y, tuple([s.to(dtype) for s in states]), *of_extras
 
 
 def compiled(module: Any, x: Any, hx: Any, **more: Any) -> Any:
@@ -259,6 +353,15 @@ def exported(module: Any, x: Any, hx: Any, **more: Any) -> Any:
         file.seek(0)
         program = torch.export.load(file)
     return _results_of(program.module()(x, hx, *more.values()), x)
+
+
+def ahead_of_time(module: Any, x: Tensor, hx: Any, **more: Any) -> Any:
+    """A library that AOTInductor compiles: it calls the operator from C++, without Python."""
+    arguments = (x, hx, *more.values())
+    program = torch.export.export(_Called(module, list(more)), arguments, strict=False)
+    with tempfile.TemporaryDirectory() as folder:
+        path = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/model.pt2")
+        return _results_of(torch._inductor.aoti_load_package(path)(*arguments), x)
 
 
 def frozen(module: Any, x: Any, hx: Any, **more: Any) -> Any:
@@ -353,24 +456,48 @@ ROUTES: dict[str, Route] = {
         lambda c: is_plain(c) and not (c.bidirectional or c.packed or c.proj_size or draws(c)),
         ("grad", "no_grad", "twice"),
     ),
-    "nested tensor": Route(by_itself, lambda c: c.packed, kind=NestedLSTM),
+    # torch has no second derivatives of nested tensors.
+    "nested tensor": Route(
+        by_itself, lambda c: c.packed, ("grad", "no_grad", "inference_mode"), kind=NestedLSTM
+    ),
     # Nothing is read under a mode or by a compiler.
     "dispatch mode": Route(under_a_mode, lambda c: not draws_what_it_reads(c), ONCE),
-    "torch's operator": Route(by_torch_operator, modes=ONCE),
-    "vmap": Route(by_vmap, lambda c: not (c.packed or draws(c)), ("grad", "no_grad")),
+    "torch's operator": Route(by_torch_operator, modes=("grad", "no_grad", "twice")),
+    "vmap": Route(by_vmap, lambda c: not (c.packed or draws(c)), ("grad", "no_grad", "twice")),
+    "per-sample gradients": Route(
+        partial(differentiated, of_samples, per_sample_gradients),
+        lambda c: not draws(c),
+        ("grad", "twice"),
+        share=16,
+    ),
+    "forward mode": Route(
+        partial(differentiated, of_dual_numbers, forward_gradients),
+        lambda c: not (draws(c) or (c.options and c.options.recompute)),
+        ("grad", "twice"),
+        share=16,
+    ),
+    "autocast": Route(under_autocast, modes=ONCE, share=16, dtype="bfloat16"),
     "compile": Route(compiled, lambda c: not draws_what_it_reads(c), ONCE, tier="tools"),
     "export": Route(exported, lambda c: not draws(c), NO_GRADIENTS, tier="tools"),
+    # Lists without a tensor and numbers are among the arguments of the operator.
+    "AOTInductor": Route(
+        ahead_of_time,
+        lambda c: not (c.packed or draws(c)) and len(called_with(c)) > 1,
+        NO_GRADIENTS,
+        tier="tools",
+        share=2,
+        others=False,
+    ),
     "frozen": Route(frozen, lambda c: not draws(c), NO_GRADIENTS),
     "convert": Route(converted, is_plain),
     "TorchScript": Route(scripted, lambda c: is_plain(c) and not c.packed, ("no_grad",)),
     "trace": Route(traced, lambda c: is_plain(c) and not (c.packed or draws(c)), NO_GRADIENTS),
     "ONNX Runtime": Route(
         by_onnx_runtime,
-        lambda c: (
-            not (c.packed or called_with(c) or draws(c)) and c.dtype == "float32" and c.layout == "batched"
-        ),
+        lambda c: not (c.packed or called_with(c) or draws(c)) and c.layout == "batched",
         NO_GRADIENTS,
         tier="tools",
+        dtype="float32",
     ),
     "C library": Route(
         by_the_c_library,

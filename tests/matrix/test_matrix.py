@@ -9,25 +9,34 @@ from typing import Any
 import pytest
 import torch
 
-from .cases import CASES, SLICE, STRIDES, WEIGHT_STRIDES, Case, case_of
+from .cases import (
+    CAPABILITIES,
+    CASES,
+    LENGTHS_AS,
+    RESETS_AS,
+    SLICE,
+    STRIDES,
+    UNBATCHED_ONLY,
+    WEIGHT_STRIDES,
+    Case,
+    case_of,
+)
 from .judge import check
 from .routes import ROUTES
 
 
-def cases() -> Iterator[Any]:
+def cases(mode: str = "", share: int = 0) -> Iterator[Any]:
+    """The cases of each route in a mode, its own first one where none is given; ``share`` of them, or all."""
     for number, (name, route) in enumerate(ROUTES.items()):
-        taken = {case: dataclasses.replace(CASES[case], mode=route.modes[0]) for case in CASES}
-        taken = {case: of_route for case, of_route in taken.items() if route.takes(of_route)}
-        step = max(1, len(taken) // SHARE)
-        first = SLICE if name == "eager" else list(taken)[number % step :: step]
-        for case, of_route in taken.items():
+        taken = route.cases(CASES, mode or route.modes[0])
+        step = max(1, len(taken) // (share or route.share))
+        first = list(taken)[number % step :: step]
+        if name == "eager":  # of each form and cell
+            first = SLICE[:: 4 if share else 1]
+        for case in taken if route.others and not share else first:
             tier = route.tier if case in first else "full"
             marks = [getattr(pytest.mark, tier)] if tier else []
-            yield pytest.param(name, of_route, id=f"{name}-{case}", marks=marks)
-
-
-# So many cases of each route run first, besides "eager", which has one of each form and cell.
-SHARE = 24
+            yield pytest.param(name, taken[case], id=f"{name}-{case}", marks=marks)
 
 
 @pytest.mark.parametrize(("route", "case"), list(cases()))
@@ -39,9 +48,33 @@ def test_numbers(route: str, case: Case) -> None:
 # ---- what is no axis of the table, on a part of it
 
 
-@pytest.mark.parametrize("case", SLICE[::4])
-def test_gradients_of_gradients(case: str) -> None:
-    check(dataclasses.replace(CASES[case], mode="twice"))
+@pytest.mark.parametrize(("route", "case"), list(cases("twice", share=4)))
+def test_gradients_of_gradients(route: str, case: Case) -> None:
+    check(case, ROUTES[route].kind, ROUTES[route].call)
+
+
+DTYPES = ("float32", "bfloat16", "float64", "float16")
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("number", range(12))
+def test_instruction_sets_and_threads(number: int, capability: str) -> None:
+    """Rows and units that the registers of a set do not share evenly, on 1 to 8 threads, in each dtype in turn."""
+    case, rows = CASES[SLICE[(len(SLICE) * number + 5) // 12]], 1 + number % 4
+    rows = 1 if case.layout == "unbatched" else rows
+    options = case.options and dataclasses.replace(
+        case.options, lengths=case.options.lengths and case.options.lengths * rows
+    )
+    changed = dataclasses.replace(
+        case,
+        lengths=tuple(sorted(case.lengths * rows, reverse=True)),
+        hidden_size=19 + number,
+        dtype=DTYPES[number % 4],
+        options=options,
+        threads=number % 8 + 1,
+        capability=capability,
+    )
+    check(changed)
 
 
 @pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
@@ -58,6 +91,26 @@ def test_strides(strides: str, form: str) -> None:
     check(case_of(form, "plain", "", input_strides=strides, **more))
 
 
+@pytest.mark.parametrize("form", ["all", "unbatched"])
+@pytest.mark.parametrize("lengths_as", LENGTHS_AS)
+def test_forms_of_lengths(lengths_as: str, form: str) -> None:
+    """Some sequences have no step, or all steps; and then none of them has one, and all have all."""
+    case = case_of(form, "plain", "resets")
+    for share in (
+        ((0.7, 0, 1), (0, 0, 0), (1, 1, 1)) if lengths_as not in UNBATCHED_ONLY or form == "unbatched" else ()
+    ):
+        lengths = tuple([round(share[b] * n) for b, n in enumerate(case.lengths)])
+        options = dataclasses.replace(case.options, lengths=lengths, lengths_as=lengths_as)
+        check(dataclasses.replace(case, options=options))
+
+
+@pytest.mark.parametrize("form", ["all", "unbatched", "packed"])
+@pytest.mark.parametrize("resets_as", RESETS_AS)
+def test_forms_of_resets(resets_as: str, form: str) -> None:
+    case = case_of(form, "plain", "resets to a state")
+    check(dataclasses.replace(case, options=dataclasses.replace(case.options, resets_as=resets_as)))
+
+
 @pytest.mark.parametrize("mode", ["grad", "twice"])
 @pytest.mark.parametrize("form", ["all", "packed"])
 @pytest.mark.parametrize("given", ["output", "h_n", "c_n", "output c_n", "gates", "cell_states"])
@@ -65,10 +118,11 @@ def test_gradients_of_some_results(given: str, form: str, mode: str) -> None:
     check(case_of(form, "plain", "returned", grad_of=tuple(given.split()), mode=mode))
 
 
+@pytest.mark.parametrize("mode", ["grad", "twice"])
 @pytest.mark.parametrize("form", ["all", "packed"])
 @pytest.mark.parametrize("wanted", ["input", "h0", "c0", "0", "1", "2", "4", "reset_h", ""])
-def test_gradients_of_some_arguments(wanted: str, form: str) -> None:
+def test_gradients_of_some_arguments(wanted: str, form: str, mode: str) -> None:
     """Of one argument, or of one parameter by its place."""
     case = case_of(form, "plain", "resets to a state")
     everything = {"input", "h0", "c0", "reset_h", "reset_c", *map(str, range(20))}
-    check(dataclasses.replace(case, frozen=frozenset(everything - {wanted})))
+    check(dataclasses.replace(case, frozen=frozenset(everything - {wanted}), mode=mode))
