@@ -41,20 +41,6 @@ def test_parameters_of_peepholes():
         plain.load_state_dict(module.state_dict())
 
 
-def test_options_of_the_cell_in_functional():
-    module = lstm_ext.LSTM(I, H, 2, peephole=True, cell_clip=0.3, coupled_gates=True)
-    plain, peepholes = [], []
-    for name, p in module.named_parameters():
-        nn.init.normal_(p)
-        (peepholes if name.startswith("weight_c") else plain).append(p)
-    x = torch.randn(T, B, I)
-    options = {"peephole_weights": peepholes, "cell_clip": 0.3, "coupled_gates": True}
-    for lstm in (lstm_ext.functional.lstm, lstm_ext.reference.lstm):
-        y, (h, c) = lstm(x, None, plain, num_layers=2, **options)
-        torch.testing.assert_close((y, (h, c)), module(x))
-        assert c.abs().max() == 0.3
-
-
 @pytest.mark.parametrize("clip", [1e-46, 1e39])
 def test_a_clip_beyond_what_the_dtype_holds(clip):
     module = lstm_ext.LSTM(I, H, cell_clip=clip)
@@ -110,13 +96,6 @@ def test_kernels_take_the_least_numbers_of_functions(function):
     operator_with(f"{function} {function} {function}")
 
 
-def test_a_compiler_takes_the_numbers_of_functions_for_constants():
-    module = lstm_ext.LSTM(I, H, gate_activation="hard_sigmoid", cell_activation=("elu", 0.5))
-    x = torch.randn(T, B, I)
-    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), module(x))
-
-
 LOCALE = """
 import locale, torch, lstm_ext
 module, x = lstm_ext.LSTM(4, 6, gate_activation="hard_sigmoid"), torch.randn(5, 3, 4)
@@ -144,15 +123,6 @@ def test_the_reference_has_the_signature_of_the_function():
             lstm_ext.reference.lstm(torch.zeros(T, B, I), None, list(module.parameters()), **{name: True})
 
 
-def test_coupled_gates_give_zeros_to_the_peephole_of_f():
-    module = lstm_ext.LSTM(I, H, peephole=True, coupled_gates=True)
-    weights, x = list(module.parameters()), torch.randn(T, B, I)
-    options = {"peephole_weights": weights[4:], "coupled_gates": True}
-    for lstm in (lstm_ext.functional.lstm, lstm_ext.reference.lstm):
-        y = lstm(x, None, weights[:4], **options)[0]
-        assert not torch.autograd.grad(y.sum(), module.weight_cf_l0)[0].any()
-
-
 def test_a_subclass_may_have_parameters_of_these_names():
     class Mine(lstm_ext.LSTM):
         def __init__(self) -> None:
@@ -160,17 +130,3 @@ def test_a_subclass_may_have_parameters_of_these_names():
             self.weight_ci_l0 = nn.Parameter(torch.zeros(H))
 
     assert copy.deepcopy(Mine()).weight_ci_l0.shape == (H,)
-
-
-def test_coupled_gates_leave_the_rows_of_f():
-    """Nothing reads them or the peepholes of f, and their gradients are zeros."""
-    module = lstm_ext.LSTM(I, H, peephole=True, coupled_gates=True, bidirectional=True)
-    x = torch.randn(T, B, I)
-    expected = module(x)[0]
-    expected.square().sum().backward()
-    for name, p in module.named_parameters():
-        unused = slice(H, 2 * H) if p.size(0) == 4 * H else slice(0, H if "weight_cf" in name else 0)
-        assert not p.grad[unused].any()
-        with torch.no_grad():
-            p[unused] = 7.0
-    assert torch.equal(module(x)[0], expected)

@@ -27,62 +27,6 @@ def states(module, batch=B):
     )
 
 
-def test_forms():
-    module = lstm_ext.LSTM(I, H)
-    x = torch.randn(T, B, I)
-    expected = module(x, lengths=LENGTHS)
-    for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        same(module(x, lengths=torch.tensor(LENGTHS, dtype=dtype)), expected)
-    same(module(x, lengths=tuple(LENGTHS)), expected)
-    mask = torch.arange(T).unsqueeze(1) < torch.tensor(LENGTHS)
-    same(module(x, mask=mask), expected)
-    same(module(x, mask=mask.unsqueeze(-1)), expected)
-    module.batch_first = True
-    output, final = module(x.transpose(0, 1), mask=mask.T)
-    same((output.transpose(0, 1), final), expected)
-    alone = module(x[:, 0], lengths=3)
-    for form in (torch.tensor(3), torch.tensor([3]), [3]):
-        same(module(x[:, 0], lengths=form), alone)
-    same(module(x[:, 0], mask=mask[:, 0]), alone)
-    torch.testing.assert_close(alone[0], expected[0][:, 0])
-
-
-def test_sequences_without_a_step():
-    module = lstm_ext.LSTM(I, H, 2, bidirectional=True)
-    x, hx = torch.randn(T, 4, I), states(module, 4)
-    output, final = module(x, hx, lengths=[0, 5, 0, 2])
-    for b in (0, 2):
-        assert not output[:, b].any()
-        same([s[:, b] for s in final], [s[:, b] for s in hx])
-    assert not output[5:, 1].any()
-    for b, n in ((1, 5), (3, 2)):
-        y, one = module(x[:n, b], tuple(s[:, b] for s in hx))
-        torch.testing.assert_close(output[:n, b], y)
-        torch.testing.assert_close([s[:, b] for s in final], list(one))
-    output, final = module(x, lengths=[0, 5, 0, 2])
-    assert not any(s[:, b].any() for s in final for b in (0, 2))
-
-    hx = tuple(s.requires_grad_() for s in hx)
-    output, final = module(x, hx, lengths=[0] * 4)
-    assert output.shape == (T, 4, 2 * H)
-    assert not output.any()
-    same(final, hx)
-    assert all(a is not b for a, b in zip(final, hx, strict=True))
-    assert torch.equal(torch.autograd.grad(final[0].sum(), hx[0])[0], torch.ones_like(hx[0]))
-    output, final = module(torch.randn(T, 0, I), lengths=[])
-    assert output.shape == (T, 0, 2 * H)
-
-
-def test_full_lengths_are_the_dense_layer():
-    module = lstm_ext.LSTM(I, H, 2, dropout=0.5)
-    x = torch.randn(T, B, I)
-    for form in ({"lengths": [T] * B}, {"mask": torch.ones(T, B, dtype=torch.bool)}):
-        torch.manual_seed(1)
-        expected = module(x)
-        torch.manual_seed(1)
-        same(module(x, **form), expected)
-
-
 def test_the_kernels_compute_it_and_only_the_rows_that_count(monkeypatch):
     rows = []
     extension = loader.extension()
@@ -117,15 +61,6 @@ def test_lengths_of_a_device_are_clamped(monkeypatch):
     expected = module(x, lengths=[0, 7, 2, 7, 3])
     monkeypatch.setattr(values, "is_readable", lambda x: False)
     torch.testing.assert_close(module(x, lengths=torch.tensor([-4, 7, 2, 99, 3])), expected)
-
-
-def test_a_mask_for_each_sample_of_a_vmap():
-    module = lstm_ext.LSTM(I, H)
-    x, mask = torch.randn(3, T, B, I), torch.rand(3, T, B) < 0.6
-    found = torch.vmap(lambda x, mask: module(x, mask=mask)[0])(x, mask)
-    torch.testing.assert_close(
-        found, torch.stack([module(a, mask=m)[0] for a, m in zip(x, mask, strict=True)])
-    )
 
 
 def test_check_variable():
@@ -210,11 +145,3 @@ def test_kernels_that_read_them_give_the_bits_of_packed_data(dtype, monkeypatch)
     expected = module(x, hx, lengths=lengths)
     monkeypatch.setattr(values, "is_readable", lambda x: False)
     same(module(x, hx, lengths=lengths), expected)
-
-
-def test_no_sequence_under_kernels_that_read_lengths(monkeypatch):
-    monkeypatch.setattr(values, "is_readable", lambda x: False)
-    module = lstm_ext.LSTM(I, H)
-    output, _ = module(torch.randn(T, 0, I), lengths=torch.zeros(0, dtype=torch.int64))
-    output.sum().backward()
-    assert output.shape == (T, 0, H)
