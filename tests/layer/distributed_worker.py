@@ -211,14 +211,6 @@ def dtensors() -> dict[str, Any]:
     return found
 
 
-def fail() -> dict[str, Any]:
-    """One process fails, and the other waits for it."""
-    if dist.get_rank() == 1:
-        raise RuntimeError("process 1 fails on purpose")
-    dist.barrier()
-    return {}
-
-
 TRAINING: dict[str, Callable[[], dict[str, Any]]] = {
     f"{way.__name__} {layers} {optimizer}": functools.partial(way, layers, optimizer)
     for way in (ddp, fsdp)
@@ -226,7 +218,7 @@ TRAINING: dict[str, Callable[[], dict[str, Any]]] = {
     for optimizer in OPTIMIZERS
 } | {"fsdp_from_meta stack Adam": functools.partial(fsdp_from_meta, "stack", "Adam")}
 CALLS = {f.__name__: f for f in (step, shards, dtensors)}
-CASES = TRAINING | CALLS | {"fail": fail}
+CASES = TRAINING | CALLS
 
 
 def main() -> None:

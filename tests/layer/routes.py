@@ -119,23 +119,6 @@ def module_call(function: Callable[..., Any], seen: list[str], event: str) -> Ca
     return call
 
 
-@pytest.fixture
-def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that are called; unlike `events`, something that compilers can look at."""
-    calls: list[str] = []
-    extension = loader.extension()
-
-    class Recorder:
-        def __getattr__(self, name):
-            if name in ("lstm_module", "lstm_cell_module"):
-                return module_call(getattr(extension, name), calls, name)
-            calls.append(name)
-            return getattr(extension, name)
-
-    monkeypatch.setattr(loader, "extension", lambda: Recorder())
-    return calls
-
-
 class Named(Tensor):
     """A subclass with nothing but ``__torch_function__``, which every subclass inherits."""
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import warnings
 from typing import Any
 
 import internals
 import pytest
 import torch
+from matrix.cases import FORMS, case_of, tensors_of
+from matrix.judge import run
+from matrix.routes import ROUTES
 from routes import (
     CELL,
     DIRECT,
@@ -45,7 +48,8 @@ def test_plain_tensors(layer, x, taken):
         assert taken(lambda: layer(x)) == DIRECT
     assert taken(lambda: layer.requires_grad_(False)(x)) == DIRECT
     state = torch.zeros(1, B, H)
-    assert taken(lambda: layer(x, (state, state.clone().requires_grad_()))) == DIRECT
+    for hx in ((state, state.clone().requires_grad_()), [state, state]):
+        assert taken(lambda hx=hx: layer(x, hx)) == DIRECT
     assert taken(lambda: layer(x.requires_grad_())) == DIRECT
     layer.bias_hh_l0.requires_grad_()
     assert taken(lambda: layer(x.detach())) == DIRECT
@@ -76,102 +80,48 @@ def test_every_way_to_call(layer, x, taken, device):
     assert taken(lambda: cell(x[0])[0].sum().backward()) == CELL + KERNEL_BACKWARD
 
 
-# Of the input and its states, and how the module is called.
-LAYOUTS: dict[str, Any] = {
-    "time first": ((T, B, I), (B,), lambda m: m),
-    "batch first": ((B, T, I), (B,), lambda m: m),
-    "unbatched": ((T, I), (), lambda m: m),
-    "step": ((B, I), (B,), lambda m: m.step),
-    "unbatched step": ((I,), (), lambda m: m.step),
-}
+# Routes and forms of the matrix.
+SHORT = [("eager", form) for form, options in FORMS.items() if not ("dropout" in options or "packed" in form)]
+SHORT += [
+    (name, form) for name in ("steps", "cells") for form in ("dense", "batch first, two layers", "unbatched")
+]
+SHORT += [("frozen", "all")]
 
 
 @pytest.mark.devices("cpu")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "layout,kind",
-    [
-        (layout, kind)
-        for layout in LAYOUTS
-        for kind in ("one layer", "three layers", "projection", "both directions", "frozen")
-        if not (kind == "both directions" and "step" in layout)
-    ],
-)
-def test_one_call_for_all_layers_of_plain_tensors(layout, kind, dtype, taken, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("has_hx", [True, False])
+@pytest.mark.parametrize(("name", "form"), SHORT, ids=str)
+def test_one_call_for_all_layers_of_plain_tensors(name, form, has_hx, dtype, taken, monkeypatch):
     """It gives what the way of one call a layer gives, which takes everything else."""
-    shape, batch, function = LAYOUTS[layout]
-    layers = 3 if kind in ("three layers", "both directions") else 1
-    sets = 2 * layers if kind == "both directions" else layers
-    P = 2 if kind == "projection" else 0
-    module = lstm_ext.LSTM(
-        *(I, H, layers),
-        batch_first=layout == "batch first",
-        bidirectional=kind == "both directions",
-        proj_size=P,
-        dtype=dtype,
-    )
-    if kind == "frozen":
-        module = lstm_ext.freeze(module)
-    x = torch.randn(shape, dtype=dtype)
-    states = torch.randn(sets, *batch, P or H, dtype=dtype), torch.randn(sets, *batch, H, dtype=dtype)
+    case = case_of(form, "plain", "", hx=has_hx, dtype=dtype)
+    if name in ("steps", "cells"):
+        case = dataclasses.replace(case, bidirectional=False)
+    tensors, of_matrix, found = tensors_of(case), ROUTES[name], []
+    short = "plain_cell" if name == "cells" else "plain_layers"
+    original, answers = getattr(route, short), []
 
-    def results(hx) -> list[Tensor]:
-        leaves = [x.clone().requires_grad_(kind != "frozen"), *module.parameters()]
-        output, (h, c) = function(module)(leaves[0], hx)
-        if kind == "frozen":
-            return [output, h, c]
-        gradients = torch.autograd.grad((output.sum() + h.sum() + c.sum()).square(), leaves)
-        with torch.no_grad():
-            plain = function(module)(x, hx)
-        return [output, h, c, *gradients, plain[0], *plain[1]]
-
-    answers: list[Any] = []
-    short = route.plain_layers
+    def results(mode: str) -> dict[str, Tensor]:
+        of_mode = dataclasses.replace(case, mode=mode)
+        return run(of_matrix.kind, of_mode, tensors, case.torch_dtype, of_matrix.call).values
 
     def watched(*arguments: Any) -> Any:
-        answers.append(short(*arguments))
+        answers.append(original(*arguments))
         return answers[-1]
 
-    monkeypatch.setattr(route, "plain_layers", watched)
-    for hx in (None, states, list(states)):
-        found: list[Tensor] = []
-        assert taken(lambda hx=hx, found=found: found.extend(results(hx))) == DIRECT * layers * (
-            1 if kind == "frozen" else 2
-        )
+    for mode in {"grad", "no_grad"} & set(of_matrix.modes):
+        with monkeypatch.context() as patch:
+            patch.setattr(route, short, watched)
+            assert set(taken(lambda mode=mode: found.append(results(mode)))) == set(
+                CELL if name == "cells" else DIRECT
+            )
         assert answers and None not in answers
         with monkeypatch.context() as patch:
-            patch.setattr(route, "plain_layers", lambda *_: None)
-            expected = results(hx)
-        for y, e in zip(found, expected, strict=True):
-            assert y.shape == e.shape
-            assert y.stride() == e.stride()
-            assert torch.equal(y, e)
-
-
-@pytest.mark.devices("cpu")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
-@pytest.mark.parametrize("batch", [(B,), ()], ids=["batched", "unbatched"])
-@pytest.mark.parametrize("bias", [True, False])
-def test_short_call_of_a_cell(bias, batch, dtype, taken, monkeypatch):
-    """It gives what the other way gives."""
-    cell = lstm_ext.LSTMCell(I, H, bias=bias, dtype=dtype)
-    x, states = torch.randn(*batch, I, dtype=dtype), [torch.randn(*batch, H, dtype=dtype) for _ in range(2)]
-
-    def results(hx) -> list[Tensor]:
-        leaves = [x.clone().requires_grad_(), *cell.parameters()]
-        h, c = cell(leaves[0], hx)
-        with torch.no_grad():
-            plain = cell(x, hx)
-        return [h, c, *torch.autograd.grad((h.sum() + c.sum()).square(), leaves), *plain]
-
-    for hx in (None, states, tuple(states)):
-        found: list[Tensor] = []
-        assert taken(lambda hx=hx, found=found: found.extend(results(hx))) == CELL * 2
-        with monkeypatch.context() as patch:
-            patch.setattr(route, "plain_cell", lambda *_: None)
-            expected = results(hx)
-        assert [y.shape for y in found] == [e.shape for e in expected]
-        assert all(map(torch.equal, found, expected))
+            patch.setattr(route, short, lambda *_: None)
+            expected = results(mode)
+        for n, value in found.pop().items():
+            assert value.stride() == expected[n].stride(), n
+            assert torch.equal(value, expected[n]), n
 
 
 @pytest.mark.devices("cpu")
@@ -248,24 +198,17 @@ def test_gradients_keep_no_graph_unless_asked_to(layer, x):
 def test_pending_negation_and_zeros_without_memory(taken, device):
     """Plain tensors that the kernels' glue makes real."""
     layer = lstm_ext.LSTM(1, 4)
-    theirs = lstm_ext.revert(copy.copy(layer))
-    negated = torch.randn(5, 2, 1, dtype=torch.cfloat).conj().imag
-    nothing = torch._efficientzerotensor((5, 2, 1), device=device)
-    assert negated.is_neg()
-    with torch.no_grad():
-        assert taken(lambda: layer(negated)) == taken(lambda: layer(nothing)) == DIRECT
-        torch.testing.assert_close(layer(negated)[0], theirs(negated)[0])
-        torch.testing.assert_close(layer(nothing)[0], theirs(torch.zeros(5, 2, 1))[0])
     x = torch.randn(5, 2, 1, requires_grad=True)
-    for gradient in (
-        torch._neg_view(torch.randn(5, 2, 4)),
-        torch._efficientzerotensor((5, 2, 4), device=device),
+    for make in (
+        lambda *sizes: torch._neg_view(torch.randn(sizes)),
+        lambda *sizes: torch._efficientzerotensor(sizes, device=device),
     ):
-        plain = gradient.clone()
-        ours, expected = (
-            torch.autograd.grad(m(x)[0], x, g)[0] for m, g in ((layer, gradient), (theirs, plain))
-        )
-        torch.testing.assert_close(ours, expected)
+        input, gradient = make(5, 2, 1), make(5, 2, 4)
+        with torch.no_grad():
+            assert taken(lambda input=input: layer(input)) == DIRECT
+            torch.testing.assert_close(layer(input)[0], layer(input.clone())[0])
+        grads = [torch.autograd.grad(layer(x)[0], x, g)[0] for g in (gradient, gradient.clone())]
+        torch.testing.assert_close(*grads)
 
 
 @pytest.mark.filterwarnings("ignore:lstm_ext has no kernels for CUDA tensors")

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from typing import Any
 
-import internals
 import pytest
 import torch
-from functorch.compile import aot_function
 from routes import (
     DIRECT,
     KERNEL_BACKWARD,
@@ -26,7 +22,6 @@ from routes import (
     T,
 )
 from torch import Tensor
-from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._vmap_internals import _vmap as legacy_vmap
 from torch.autograd import forward_ad
@@ -38,7 +33,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lstm_ext
 from lstm_ext import functional
-from lstm_ext.layer import transforms
 
 pytestmark = pytest.mark.devices("cpu", "cuda")
 
@@ -99,19 +93,6 @@ def test_meta_tensors(x, taken):
     assert taken(lambda: vmap(layer)(x[None])) == TRANSFORM
 
 
-@pytest.mark.parametrize("name", ["input", "h0", "c0", "weight_ih", "bias_hh"])
-def test_one_meta_tensor_among_others_is_refused(layer, x, name, device):
-    tensors = {"input": x, "h0": torch.zeros(1, B, H), "c0": torch.zeros(1, B, H)}
-    tensors |= dict(zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), layer.parameters(), strict=True))
-    tensors[name] = tensors[name].detach().to("meta")
-    input, h0, c0, *weights = tensors.values()
-    with pytest.raises(ValueError, match=r"expected device .* as input, got"):
-        functional.lstm(input, (h0, c0), weights)
-    if name != "input":  # of a module, whose way is short, the kernel checks the rest
-        with pytest.raises(RuntimeError, match=f"is on meta, the input on {device}"):
-            internals.lstm_layer(input, h0, c0, weights, None, True, False)
-
-
 def test_tracing_into_a_graph(layer, x, events):
     parameters = {name: p.detach() for name, p in layer.named_parameters()}
 
@@ -127,80 +108,6 @@ def test_tracing_into_a_graph(layer, x, events):
         assert targets(call, tracing_mode=mode, pre_dispatch=True) == ["lstm_layer"]
         assert targets(grad(lambda p, x: call(p, x).sum()), tracing_mode=mode) == list(KERNELS)
     assert not [e for e in events if e.startswith("kernel")]
-
-
-def test_aot_function(layer, x):
-    seen: list[str] = []
-    parameters = {name: p.detach() for name, p in layer.named_parameters()}
-
-    def compiler(graph, _):
-        seen.extend(
-            n.target._opname for n in graph.graph.nodes if getattr(n.target, "namespace", "") == "lstm_ext"
-        )
-        return graph
-
-    def function():  # a new one: it keeps to what it traced first
-        return aot_function(lambda p, x: functional_call(layer, p, (x,))[0], compiler)
-
-    torch.testing.assert_close(function()(parameters, x), layer(x)[0])
-    assert seen == ["lstm_layer"]
-    seen.clear()
-    x.requires_grad_()
-    (gradient,) = torch.autograd.grad(function()(parameters, x).sin().sum(), x)
-    torch.testing.assert_close(gradient, torch.autograd.grad(layer(x)[0].sin().sum(), x)[0])
-    assert seen == list(KERNELS)
-
-
-def targets_of(graphs: list[torch.fx.GraphModule]) -> list[str]:
-    calls = [n for g in graphs for n in g.graph.nodes if n.op == "call_function"]
-    return [name for n in calls if "lstm_layer" in (name := getattr(n.target, "__name__", str(n.target)))]
-
-
-def compiled(function: Callable[..., Any], graphs: list[torch.fx.GraphModule]) -> Callable[..., Any]:
-    def backend(graph, _):
-        graphs.append(graph)
-        return graph.forward
-
-    torch.compiler.reset()
-    return torch.compile(function, fullgraph=True, backend=backend)
-
-
-def test_compile(layer, x, kernel_calls):
-    graphs: list[torch.fx.GraphModule] = []
-    expected = lstm_ext.revert(copy.copy(layer))(x)[0]
-    torch.testing.assert_close(compiled(layer, graphs)(x)[0], expected)
-    assert [name.split(".")[0] for name in targets_of(graphs)] == ["lstm_layer"]
-    # torch.compile takes a transform apart, and leaves what is in `transforms` to what comes after it.
-    for transform in (vmap(lambda x: layer(x)[0]), grad(lambda xs: layer(xs[0])[0].sum())):
-        graphs.clear()
-        expected = transform(x[None])
-        torch.testing.assert_close(compiled(transform, graphs)(x[None]), expected)
-        assert len(graphs) == 1
-        assert targets_of(graphs) == [transforms.flat_lstm_layer.__name__]
-    assert not kernel_calls
-
-
-@pytest.mark.skipif(
-    torch.__version__.startswith("2.11."),
-    reason="compiled autograd of torch 2.11 cannot look into the backward pass of an eager layer",
-)
-def test_compiled_autograd(layer, x):
-    loss = layer(x)[0].sin().sum()
-    expected = torch.autograd.grad(loss, layer.weight_hh_l0, retain_graph=True)[0]
-    graphs: list[torch.fx.GraphModule] = []
-
-    # Dynamo leaves a function in C++ to what comes after it.
-    def collect(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
-        graphs.append(graph)
-        return graph.forward
-
-    backend = aot_autograd(fw_compiler=collect)
-    with torch._dynamo.compiled_autograd._enable(
-        lambda graph: torch.compile(graph, fullgraph=True, backend=backend)
-    ):
-        loss.backward()
-    torch.testing.assert_close(layer.weight_hh_l0.grad, expected)
-    assert [name.split(".")[0] for name in targets_of(graphs)] == ["lstm_layer_backward"]
 
 
 @pytest.mark.filterwarnings("ignore")
