@@ -1,73 +1,85 @@
-"""Layers as the registered operators take them."""
+"""Layers as the registered operators take them: what a module of a case of the matrix calls its first operator with."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from internals import LayerOptions, results_of
+from devices import moved
+from graphs import Recorder
+from matrix.cases import Case, Options, arguments_of, environment, make_module, tensors_of
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+import lstm_ext
 from lstm_ext import ops
 
 T, B, I, H, P = 5, 3, 2, 4, 2
-BATCH_SIZES = [3, 2, 2, 1, 1]
-RESETS = ("resets", "reset_h", "reset_c")
+
+_case = partial(Case, lengths=(T,) * B, input_size=I, hidden_size=H, hx=True, training=False)
+_packed = partial(_case, layout="handmade", lengths=(T, 3, 1))
+_BOTH, _PROJECTED = {"bidirectional": True}, {"proj_size": P}
+_RETURNED = {"return_cell_states": True, "return_gates": True}
+_TO_A_STATE = {"resets": 0.3, "reset_state": True}
+_LENGTHS = {"lengths": (4, 0, 5), "lengths_as": "int64", "unread": True}
+CASES: dict[str, Case] = {
+    "plain": _case(),
+    "no states": _case(hx=False),
+    "no bias": _case(bias=False),
+    "both directions": _case(**_BOTH, hx=False),
+    "projected": _case(**_PROJECTED),
+    "both directions, projected": _case(**_BOTH, **_PROJECTED),
+    "packed": _packed(**_BOTH, **_PROJECTED),
+    "packed, no states": _packed(hx=False),
+    "cell states": _case(options=Options(return_cell_states=True)),
+    "resets": _case(options=Options(resets=0.3)),
+    "reset state": _case(**_BOTH, **_PROJECTED, options=Options(**_TO_A_STATE, return_cell_states=True)),
+    "lengths": _case(**_BOTH, hx=False, options=Options(**_LENGTHS, return_gates=True)),
+    "lengths, resets": _case(bias=False, options=Options(**_LENGTHS, **_TO_A_STATE, **_RETURNED)),
+    "resets, packed": _packed(**_BOTH, options=Options(**_TO_A_STATE, **_RETURNED)),
+    "resets, packed, no states": _packed(hx=False, options=Options(resets=0.3)),
+    "recurrent dropout": _case(**_BOTH, training=True, options=Options(**_LENGTHS, recurrent_dropout=0.5)),
+    "zoneout": _case(**_BOTH, **_PROJECTED, training=True, options=Options(zoneout=(0.3, 0.3))),
+    "zoneout, packed": _packed(
+        training=True, options=Options(zoneout=(0.3, 0.3), recurrent_dropout=0.5, resets=0.3)
+    ),
+    "shares": _case(options=Options(**_LENGTHS, zoneout=(0.2, 0.3), return_gates=True)),
+    "norm": _case(**_BOTH, options=Options(**_LENGTHS, **_RETURNED, layer_norm=True)),
+    "norm, no bias": _case(**_PROJECTED, bias=False, options=Options(**_TO_A_STATE, layer_norm=True)),
+    "peephole": _packed(**_BOTH, options=Options(**_TO_A_STATE, peephole=True, return_gates=True)),
+    "clip, coupled": _case(
+        **_PROJECTED, options=Options(**_LENGTHS, peephole=True, cell_clip=0.4, coupled_gates=True)
+    ),
+    "activations": _case(
+        **_BOTH,
+        options=Options(
+            **_LENGTHS,
+            gate_activation="hard_sigmoid",
+            cell_activation=("softsign", ("elu", 0.6)),
+            preactivation_clip=0.7,
+            coupled_gates=True,
+        ),
+    ),
+    "all": _case(
+        **_BOTH,
+        **_PROJECTED,
+        training=True,
+        options=Options(
+            **_LENGTHS, **_TO_A_STATE, **_RETURNED, layer_norm=True, zoneout=(0.3, 0.3), recurrent_dropout=0.5
+        ),
+    ),
+}
 
 
-class Case:
-    """One layer with the options of the given names."""
+class Operands:
+    """The arguments of one call of an operator."""
 
-    def __init__(
-        self,
-        *options: str,
-        bias: bool = True,
-        bidirectional: bool = False,
-        projected: bool = False,
-        states: bool = True,
-        packed: bool = False,
-        dtype: torch.dtype = torch.float32,
-        requires_grad: bool = False,
-    ) -> None:
-        directions, state = 2 if bidirectional else 1, P if projected else H
-        wide = torch.float32 if dtype.itemsize == 2 else dtype
-
-        def draw(*sizes: int) -> Tensor:
-            return torch.randn(sizes, dtype=torch.float64).to(dtype).requires_grad_(requires_grad)
-
-        rows = (sum(BATCH_SIZES),) if packed else (T, B)
-        self.bias, self.bidirectional = bias, bidirectional
-        self.batch_sizes = torch.tensor(BATCH_SIZES, device="cpu") if packed else None
-        self.input = draw(*rows, I)
-        self.h0, self.c0 = (draw(directions, B, state), draw(directions, B, H)) if states else (None, None)
-        shapes = [(4 * H, I), (4 * H, state)] + [(4 * H,)] * (2 * bias) + [(P, H)] * projected
-        self.weights = [draw(*shape) for _ in range(directions) for shape in shapes]
-        flags = torch.rand(rows) < 0.3
-        lengths = torch.tensor([4, 0, 5])
-        if "lengths" in options:
-            flags &= torch.arange(T).unsqueeze(1) < lengths
-        values = {
-            "resets": flags,
-            "reset_h": draw(directions, B, state),
-            "reset_c": draw(directions, B, H),
-            "lengths": lengths,
-            "recurrent_mask": (torch.rand(directions, B, state) < 0.5).to(wide) * 2,
-            "keep_h": torch.rand(directions, *rows, state) < 0.3,
-            "keep_c": torch.rand(directions, *rows, H) < 0.3,
-            "zoneout_h": 0.2,
-            "zoneout_c": 0.3,
-            "norm": [draw(size) for _ in range(directions) for size in [4 * H, 4 * H, H] + [H] * bias],
-            "peephole": [draw(H) for _ in range(3 * directions)],
-            "cell_clip": 0.4,
-            "coupled_gates": True,
-            "activations": "hard_sigmoid(0.2,0.5) softsign elu(0.6)",
-            "preactivation_clip": 0.7,
-            "return_cell_states": True,
-            "return_gates": True,
-        }
-        self.options: dict[str, Any] = {name: values[name] for name in options}
+    def __init__(self, layer: Sequence[Any], options: dict[str, Any]) -> None:
+        self.input, self.h0, self.c0, self.weights, self.batch_sizes, self.bias, self.bidirectional = layer
+        self.options = options
 
     @property
     def layer(self) -> tuple:
@@ -76,17 +88,9 @@ class Case:
     @property
     def inputs(self) -> list[Tensor | None]:
         """What has a gradient, in the order of ``needs_grad``."""
-        get = self.options.get
-        return [
-            self.input,
-            self.h0,
-            self.c0,
-            *self.weights,
-            get("reset_h"),
-            get("reset_c"),
-            *get("norm", ()),
-            *get("peephole", ()),
-        ]
+        of_options = [self.options.get("reset_h"), self.options.get("reset_c")]
+        more = [*self.options.get("norm", ()), *self.options.get("peephole", ())]
+        return [self.input, self.h0, self.c0, *self.weights, *of_options, *more]
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -109,104 +113,22 @@ class Case:
             "needs_grad": given if needs_grad is None else list(needs_grad),
         }
 
-    def with_tensors(self, function: Callable[[Tensor], Tensor | None]) -> Case:
-        """A case with other tensors."""
-        case = Case.__new__(Case)
-        case.__dict__ = tree_map_only(Tensor, function, self.__dict__)
-        return case
-
-    def through(
-        self,
-        function: Callable,
-        dtype: torch.dtype | None = None,
-        results: Sequence[int] | None = None,
-    ) -> list[Tensor]:
-        """Values and gradients of a function of `lstm_ext.layer`, in another dtype if it is given.
-
-        The gradients are those of all results or of ``results``.
-        """
-
-        def cast(t: Tensor) -> Tensor:
-            return t.detach().to(dtype) if dtype is not None and t.is_floating_point() else t.detach()
-
-        case = self.with_tensors(cast)
-        for t in case.leaves:
-            t.requires_grad_()
-        values = [y for y in results_of(function, *case.layer, LayerOptions(**case.options)) if y is not None]
-        generator = torch.Generator().manual_seed(1)
-        grads = [
-            torch.randn(y.shape, generator=generator, dtype=torch.float64, device="cpu").to(y) for y in values
-        ]
-        chosen = range(len(values)) if results is None else results
-        gradients = torch.autograd.grad(
-            [values[i] for i in chosen],
-            case.leaves,
-            [grads[i] for i in chosen],
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        return [*values, *gradients]
+    def with_tensors(self, function: Callable[[Tensor], Tensor | None]) -> Operands:
+        """The same with other tensors."""
+        return Operands(*tree_map_only(Tensor, function, (self.layer, self.options)))
 
 
-CASES: dict[str, Callable[..., Case]] = {
-    "plain": Case,
-    "no states": lambda **o: Case(states=False, **o),
-    "no bias": lambda **o: Case(bias=False, **o),
-    "both directions": lambda **o: Case(bidirectional=True, states=False, **o),
-    "projected": lambda **o: Case(projected=True, **o),
-    "both directions, projected": lambda **o: Case(bidirectional=True, projected=True, **o),
-    "packed": lambda **o: Case(bidirectional=True, projected=True, packed=True, **o),
-    "packed, no states": lambda **o: Case(packed=True, states=False, **o),
-    "cell states": lambda **o: Case("return_cell_states", **o),
-    "resets": lambda **o: Case("resets", **o),
-    "reset state": lambda **o: Case(*RESETS, "return_cell_states", bidirectional=True, projected=True, **o),
-    "lengths": lambda **o: Case("lengths", "return_gates", bidirectional=True, states=False, **o),
-    "lengths, resets": lambda **o: Case(
-        "lengths", *RESETS, "return_cell_states", "return_gates", bias=False, **o
-    ),
-    "resets, packed": lambda **o: Case(
-        *RESETS, "return_cell_states", "return_gates", bidirectional=True, packed=True, **o
-    ),
-    "resets, packed, no states": lambda **o: Case("resets", packed=True, states=False, **o),
-    "recurrent dropout": lambda **o: Case("recurrent_mask", "lengths", bidirectional=True, **o),
-    "zoneout": lambda **o: Case(
-        "keep_h", "keep_c", "return_cell_states", bidirectional=True, projected=True, **o
-    ),
-    "zoneout, packed": lambda **o: Case("keep_h", "keep_c", "resets", "recurrent_mask", packed=True, **o),
-    "shares": lambda **o: Case("zoneout_h", "zoneout_c", "lengths", "return_gates", **o),
-    "norm": lambda **o: Case(
-        "norm", "lengths", "return_cell_states", "return_gates", bidirectional=True, **o
-    ),
-    "peephole": lambda **o: Case("peephole", *RESETS, "return_gates", bidirectional=True, packed=True, **o),
-    "clip, coupled": lambda **o: Case(
-        "peephole",
-        "cell_clip",
-        "coupled_gates",
-        "lengths",
-        "keep_c",
-        "return_cell_states",
-        projected=True,
-        **o,
-    ),
-    "activations": lambda **o: Case(
-        "activations",
-        "preactivation_clip",
-        "coupled_gates",
-        "lengths",
-        "return_gates",
-        bidirectional=True,
-        **o,
-    ),
-    "norm, no bias": lambda **o: Case("norm", *RESETS, bias=False, projected=True, **o),
-    "all": lambda **o: Case(
-        *RESETS,
-        *("lengths", "recurrent_mask", "keep_h", "keep_c", "norm", "return_cell_states", "return_gates"),
-        bidirectional=True,
-        projected=True,
-        **o,
-    ),
-}
-
-
-def make(name: str, **options: Any) -> Case:
-    return CASES[name](**options)
+def make(name: str, requires_grad: bool = False, dtype: torch.dtype = torch.float32) -> Operands:
+    case = dataclasses.replace(CASES[name], dtype=str(dtype).removeprefix("torch."))
+    with torch.device("cpu"), environment(case), torch.no_grad(), Recorder() as recorder:
+        tensors = tensors_of(case)
+        _, input, hx, more = arguments_of(case, tensors, dtype)
+        make_module(lstm_ext.LSTM, case, dtype, tensors.weights)(input, hx, **more)
+    _, layer, options = recorder.calls[0]
+    layer, options = tree_map_only(Tensor, Tensor.detach, (list(layer), dict(options)))
+    sizes = layer[4]
+    operands = Operands(*moved((layer, options), torch.get_default_device()))
+    operands.batch_sizes = sizes
+    for t in operands.leaves:
+        t.requires_grad_(requires_grad)
+    return operands
