@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import bench  # noqa: F401 - its modules are the sources of a record
 import harness
-import records
 from records import Result
 from report import ages, pages, uses
 from report.text import RESULTS, table
@@ -28,15 +27,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 
 
-SUPPORT = "support_cpu"  # the one record that is not of speed, and of a program of its own
 # What --new measures, and how long that takes.
 NEW = {"suite": "in half an hour", "library": "in five minutes"}
 
 
 def command_of(record: Result) -> list[str]:
     """A program and its arguments that make a record like a given one."""
-    if record.get("suite") != records.SUITE:
-        return ["bench_support.py"]
     settings, command = record["settings"], ["bench.py"]
     if settings.get("pair"):
         return [*command, "--pair"]
@@ -144,9 +140,7 @@ def changes_since(entry: Entry) -> str:
 
 def elsewhere(entry: Entry, machine: Machine) -> str:
     """Why this machine cannot renew a record; empty where it can."""
-    if entry.path.stem == SUPPORT or entry.machine in machine.own:
-        return ""
-    return f"this is {machine.own[0]}"
+    return "" if entry.machine in machine.own else f"this is {machine.own[0]}"
 
 
 def listed(found: list[Entry], machine: Machine) -> str:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import harness
 
-from . import gpu, readme, suite, support, tables, uses
+from . import gpu, readme, suite, tables, uses
 from .text import RESULTS
 
 ROOT = RESULTS.parents[1]
@@ -48,7 +48,6 @@ BLOCKS = (
     Block("uses", PERFORMANCE, (*uses.RECORDS, readme.TORCHRL), readme.by_processor),
     Block("gpu", PERFORMANCE, "gpu_*.json", gpu.text),
     Block("cost", PERFORMANCE, "options_cpu.json", tables.cost),
-    Block("support", "docs/support.md", "support_cpu.json", support.text),
 )
 
 

@@ -524,7 +524,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 CELLS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "norm": {"layer_norm": True, "forget_bias": None},
+    "norm": {"layer_norm": True},
     "zoneout": {"zoneout": (0.3, 0.2)},
     "peephole": {"peephole": True},
     "clip": {"cell_clip": 0.25},
@@ -536,7 +536,7 @@ CELLS: dict[str, dict[str, Any]] = {
         "preactivation_clip": 0.6,
         "peephole": True,
     },
-    "one function": {"cell_activation": "softsign"},
+    "one function": {"cell_activation": "softsign", "forget_bias": 1.0},
     "bound": {"preactivation_clip": 0.4},
     "random": {"zoneout": (0.3, 0.2), "recurrent_dropout": 0.4, "weight_dropout": 0.3},
     "random, norm": {"zoneout": 0.3, "recurrent_dropout": 0.4, "layer_norm": True, "recompute": True},
@@ -567,6 +567,8 @@ def case_of(form: str, cell: str, call: str, **more: Any) -> Case | None:
         rows = FORMS[form]["lengths"]
         of_call["lengths"] = tuple([min(n, rows[0]) for n in of_call["lengths"][: len(rows)]])
     options = {**CELLS[cell], **of_call}
+    if not FORMS[form].get("bias", True):
+        options.pop("forget_bias", None)
     returned = tuple([n for n in ("cell_states", "gates") if of_call.get(f"return_{n}")])
     described = {
         "input_size": 3, "hidden_size": 8 if "norm" in cell else 5, "hx": call != "resets", "dtype": "float64",

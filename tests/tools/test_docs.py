@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from matrix import support
+from matrix.routes import ROUTES
 
 import lstm_ext
 
@@ -117,3 +119,9 @@ def test_the_site_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert build_site.main() == 1
     message = "error: no_such_package not installed: run `make docs`, or pip install 'lstm_ext[docs]'\n"
     assert capsys.readouterr().err == message
+
+
+def test_the_table_of_routes() -> None:
+    """What docs/support.md shows is what the matrix has, and the matrix has a case of each option."""
+    assert support.shown() == support.table(), "python -m tests.matrix --support writes it"
+    assert support.missing(ROUTES["eager"]) == []
