@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
     run = Run(record, settings, options.output)
     try:
         if not options.pair:
-            settings.machine.measure(options.threads, options.dtypes)
+            settings.machine.measure(options.threads)
         with tqdm(options.cases, unit="case", dynamic_ncols=True, disable=None) as bar:  # none in a file
             for place, case in enumerate(bar):
                 bar.set_description(f"{case.group} {case.name}", refresh=False)

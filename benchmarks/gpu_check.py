@@ -17,7 +17,7 @@ so that a crash or a hang of one leaves the others. First whether the kernels ar
 
 then how fast they are:
 
-    benchmark   bench_gpu.py against cuDNN, with the time that is left, while the clocks of the card are sampled
+    benchmark   bench_gpu.py against cuDNN, with the time that is left
     sanitizer   compute-sanitizer on every kernel, where it is installed
 
 One JSON file holds the outcome of each; it is rewritten after every phase, and the second command adds to that of the
@@ -29,17 +29,16 @@ the kernels on the emulator with one planted mistake after the other, and what n
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import sys
 import time
 import traceback
-import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -262,86 +261,48 @@ def device_tests(tests: Path) -> tuple[list[Path], dict[str, str]]:
     return files, left_out
 
 
-def by_length(files: Sequence[Path]) -> list[Path]:
-    """The longest first. Compiling takes longer than the length of a file tells."""
-    slow = {"test_compile.py": 4, "test_ops.py": 2}
-    return sorted(files, key=lambda path: -path.stat().st_size * slow.get(path.name, 1))
-
-
 def suite(session: Session, seconds: float) -> Outcome:
-    """Each file in a process of its own: an illegal access leaves nothing behind that works."""
+    """Each file in a process of its own, the longest first: an illegal access leaves nothing behind that works."""
     if session.record["packages"]["pytest"] is None:
         return Outcome("failed", "pytest is not installed")
     files, left_out = device_tests(session.root / "tests")
-    groups = [[str(path)] for path in by_length(files)]
+    groups = [[str(path)] for path in sorted(files, key=lambda path: -path.stat().st_size)]
     for group in groups:
         if group[0].endswith("test_cuda_checks.py"):
             group += ["-k", "not test_checks"]  # they have a phase of their own
     if session.dry:
         groups = [[str(session.root / "tests" / "nn" / "test_cell.py"), "-k", "forms_of_hx or results_share"]]
     deadline = time.monotonic() + seconds
-    options = ["-q", "--device", session.device, "--tb=short", "-p", "no:cacheprovider"]
+    options = ["-q", "-rfE", "--device", session.device, "--tb=short", "-p", "no:cacheprovider"]
     options += ["--rootdir", str(session.root), "-c", str(session.root / "pyproject.toml")]
     options += ["-o", "faulthandler_timeout=60"]  # so that it shows where one hangs
 
     def run(group: list[str]) -> dict[str, Any]:
-        name = f"suite_{Path(group[0]).stem}"
-        report = session.logs / f"{name}.xml"
-        report.unlink(missing_ok=True)
+        name = Path(group[0])
         if time.monotonic() > deadline:
-            return {"tests": Path(group[0]).name, "end": "the time was up before it began", "cases": []}
-        arguments = [sys.executable, "-m", "pytest", *options, f"--junitxml={report}", *group]
-        child = session.start(name, arguments, **DETERMINISTIC)
-        finished = child.wait(deadline)
-        result = {"tests": Path(group[0]).name, "end": str(finished), "cases": read_junit(report)}
+            return {"tests": name.name, "end": "the time was up before it began"}
+        arguments = [sys.executable, "-m", "pytest", *options, *group]
+        finished = session.start(f"suite_{name.stem}", arguments, **DETERMINISTIC).wait(deadline)
+        counts = {
+            kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", finished.tail)
+        }
+        failed = re.findall(r"^(?:FAILED|ERROR) (.*)", finished.text, re.MULTILINE)
+        result = {"tests": name.name, "end": str(finished), "counts": counts, "failed": failed}
         return result if finished.code == 0 else result | {"output": finished.tail}
 
-    with ThreadPoolExecutor(processes()) as pool:
+    with ThreadPoolExecutor(max(1, min(6, len(os.sched_getaffinity(0)) // 2))) as pool:
         ends = list(pool.map(run, groups))
-    cases = [case for end in ends for case in end.pop("cases")]
-    count = Counter(case["result"] for case in cases)
-    failed = [case for case in cases if case["result"] in ("failure", "error")]
+    count: Counter[str] = Counter()
+    for end in ends:
+        count.update(end.get("counts", {}))
     late = [end for end in ends if end["end"].startswith("the time was up")]
-    good = (
-        all(end["end"] == "exit code 0" or end in late for end in ends) and count["passed"] > 0 and not failed
-    )
-    slowest = sorted(cases, key=lambda case: -case["seconds"])[:10]
+    failed = [name for end in ends for name in end.get("failed", ())]
+    good = all(end["end"] == "exit code 0" or end in late for end in ends) and count["passed"] and not failed
     return Outcome(
         "failed" if not good else "incomplete" if late else "passed",
-        f"{len(cases)} tests, {len(failed)} failed, {count['skipped']} skipped",
-        {
-            "tests": len(cases),
-            **count,
-            "left_out": left_out,
-            "failed": failed[:200],
-            "files": ends,
-            "slowest": [f"{case['seconds']} s {case['test']}" for case in slowest],
-        },
+        ", ".join(f"{number} {kind}" for kind, number in count.items()),
+        {"left_out": left_out, "failed": failed, "files": ends},
     )
-
-
-def processes() -> int:
-    return max(1, min(6, len(os.sched_getaffinity(0)) // 2))
-
-
-def read_junit(path: Path) -> list[dict[str, Any]]:
-    """Nothing, if the process was killed before it was written."""
-    try:
-        report = ElementTree.parse(path)
-    except (OSError, ElementTree.ParseError):
-        return []
-    cases = []
-    for case in report.iter("testcase"):
-        found = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-        cases.append(
-            {
-                "test": f"{case.get('classname', '')}::{case.get('name', '')}",
-                "seconds": float(case.get("time", "0")),
-                "result": "passed" if found is None else found.tag,
-                "message": "" if found is None else (found.get("message") or "")[:500],
-            }
-        )
-    return cases
 
 
 # ---- checks
@@ -363,7 +324,7 @@ def checks(session: Session, seconds: float) -> Outcome:
         arguments = [program, "--device", session.device, *quick, *to_do]
         # A hang leaves time for the others.
         child = session.start(f"checks{len(results)}", [sys.executable, "-u", *arguments], **DETERMINISTIC)
-        run = child.wait_while_it_talks(deadline, min(PATIENCE, seconds / 3))
+        run = child.wait(deadline, min(PATIENCE, seconds / 3))
         started = None
         for line in run.text.splitlines():
             try:
@@ -423,31 +384,6 @@ def sanitizer(session: Session, seconds: float) -> Outcome:
 
 # ---- benchmark
 
-SAMPLED = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
-
-
-@contextlib.contextmanager
-def sampled_clocks(session: Session) -> Iterator[Callable[[], dict[str, list[float]] | None]]:
-    """Twice a second. Afterwards: the least, median and largest of each, or None where they cannot be read."""
-    program = find_program("nvidia-smi")
-    if program is None or session.dry:
-        yield lambda: None
-        return
-    query = [f"--query-gpu={','.join(SAMPLED)}", "--format=csv,noheader,nounits", "-lms", "500"]
-    child = session.start("clocks", [program, "-i", "0", *query])
-    found: dict[str, list[float]] = {}
-    try:
-        yield lambda: found or None
-    finally:
-        child.kill()
-        rows = [row.split(",") for row in child.log.read_text(errors="replace").splitlines()]
-        for name, column in zip(
-            SAMPLED, zip(*[r for r in rows if len(r) == len(SAMPLED)], strict=True), strict=False
-        ):
-            with contextlib.suppress(ValueError):
-                numbers = sorted(float(value.strip()) for value in column)
-                found[name] = [numbers[0], numbers[len(numbers) // 2], numbers[-1]]
-
 
 def benchmark(session: Session, seconds: float) -> Outcome:
     path = session.logs / "benchmark.json"
@@ -455,18 +391,15 @@ def benchmark(session: Session, seconds: float) -> Outcome:
     budget = max(1.0, seconds - 20)  # the case that runs when it is spent is finished
     options = ["--device", session.device, "--budget", f"{budget:.0f}", *(["--tiny"] if session.dry else [])]
     bench = session.root / "benchmarks" / "bench_gpu.py"
-    with sampled_clocks(session) as clocks:
-        run = session.python("benchmark", [bench, *options, "--output", path], seconds)
+    run = session.python("benchmark", [bench, *options, "--output", path], seconds)
     if not path.exists():
         return Outcome("failed", str(run), {"output": run.tail})
     measured = session.record["benchmark"] = json.loads(path.read_text())
-    results = measured["results"]
-    errors = [f"{r['group']} {r['shape']} {r['dtype']}: {r['error']}" for r in results if "error" in r]
-    apart = [f"{r['group']} {r['shape']} {r['dtype']}: {r['largest_difference']:.1e}" for r in results
-             if not r.get("agree", True)]  # fmt: skip
-    left_out = measured["left_out"]
+    results, left_out = measured["results"], measured["left_out"]
+    names = {id(r): f"{r['group']} {r['case']} {r['dtype']}" for r in results}
+    errors = [f"{names[id(r)]}: {r['error']}" for r in results if "error" in r]
+    apart = [f"{names[id(r)]}: {r['differences']['ours']:.1e}" for r in results if not r.get("agree", True)]
     details = {"results": len(results), "left_out": len(left_out), "errors": errors, "disagree": apart}
-    details["clocks"] = clocks()
     if run.code is None or left_out:
         return Outcome("incomplete", f"{len(results)} results; the time was up", details)
     if run.code != 0:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -17,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import harness
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ["torch", "triton", "ninja", "setuptools", "pytest", "numpy", "expecttest", "matplotlib"]
@@ -83,7 +84,7 @@ class Session:
         if options.commit:
             self.environment["LSTM_EXT_COMMIT"] = options.commit
         self.record: dict[str, Any] = {
-            "format": 1,
+            "format": 2,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
             "dry": options.dry,
             "git_commit": options.commit,
@@ -93,35 +94,21 @@ class Session:
             "phases": [],
             "benchmark": None,
         }
-        self.record["sources"] = self.digest()
-        # The second command adds to what the first one has found, once it is known to be on the same card.
-        self.before = self.read_before() if options.command == "speed" else None
-
-    def digest(self) -> str:
-        """Of the sources that are compiled."""
-        found = hashlib.sha256()
-        for path in sorted((self.root / "csrc").rglob("*.*")):
-            found.update(path.name.encode() + path.read_bytes())
-        return found.hexdigest()[:16]
-
-    def read_before(self) -> dict[str, Any] | None:
-        """The record that is there, if it is of the same sources and versions."""
-        try:
-            before = json.loads(self.output.read_text())
-            same = all(before[name] == self.record[name] for name in ("format", "dry", "packages", "sources"))
-            return before if same else None
-        except (OSError, ValueError, KeyError):
-            return None
 
     def know(self, facts: dict[str, Any]) -> None:
-        """Of the card: the earlier phases count if they ran on the same one."""
-        self.record["facts"], self.record["git_commit"] = facts, facts["git_commit"]
-        before, self.before = self.before, None
-        names = ("card", "capability", "cuda_of_driver")
-        if before and all((before["facts"] or {}).get(name) == facts.get(name) for name in names):
-            now = {phase["phase"]: phase for phase in self.record["phases"]}
-            self.record["phases"] = list(({p["phase"]: p for p in before["phases"]} | now).values())
-            self.record["benchmark"] = before["benchmark"]
+        """Of the card and the commit: `speed` adds to what `values` found, if that ran with the same ones."""
+        self.record |= {"facts": facts, "git_commit": facts["git_commit"]}
+        names = ("card", "capability", "cuda_of_driver", "git_commit", "lstm_ext_cuda")
+        try:
+            before = json.loads(self.output.read_text()) if self.command == "speed" else {}
+            same = [before["facts"].get(name) == facts.get(name) for name in names]
+            same += [before[name] == self.record[name] for name in ("format", "dry", "packages")]
+        except (OSError, ValueError, KeyError, AttributeError):
+            return
+        if all(same):
+            now, self.record["phases"] = self.record["phases"], before["phases"]
+            for phase in now:
+                self.add(phase)
 
     def add(self, phase: dict[str, Any]) -> None:
         """In the place of an earlier one of this name."""
@@ -138,9 +125,7 @@ class Session:
         return self.deadline - time.monotonic()
 
     def write(self) -> None:
-        unfinished = self.output.with_name(self.output.name + ".part")
-        unfinished.write_text(json.dumps(self.record, indent=1) + "\n")
-        unfinished.replace(self.output)
+        harness.write(self.output, self.record)
 
     def start(self, name: str, arguments: Sequence[str | Path], **environment: str) -> Child:
         return Child(arguments, self.logs / f"{name}.txt", self.root, {**self.environment, **environment})
@@ -170,37 +155,18 @@ class Child:
                 start_new_session=True,
             )  # fmt: skip
 
-    def wait(self, deadline: float) -> Finished:
-        try:
-            return self.finished(self.process.wait(max(0.1, deadline - time.monotonic())))
-        except subprocess.TimeoutExpired:
-            return self.finished(None)
-        finally:
-            self.kill()
-
-    def wait_while_it_talks(self, deadline: float, patience: float) -> Finished:
+    def wait(self, deadline: float, patience: float = float("inf")) -> Finished:
         """Until the end, the deadline, or until nothing new has been said for `patience` seconds."""
         size, since = -1, time.monotonic()
-        try:
-            while time.monotonic() < deadline:
-                if self.process.poll() is not None:
-                    return self.finished(self.process.returncode)
-                if self.log.stat().st_size != size:
-                    size, since = self.log.stat().st_size, time.monotonic()
-                if time.monotonic() - since > patience:
-                    break
-                time.sleep(0.1)
-            return self.finished(None)
-        finally:
-            self.kill()
-
-    def finished(self, code: int | None) -> Finished:
-        return Finished(code, self.log, self.root)
-
-    def kill(self) -> None:
+        while self.process.poll() is None and time.monotonic() < min(deadline, since + patience):
+            if self.log.stat().st_size != size:
+                size, since = self.log.stat().st_size, time.monotonic()
+            time.sleep(0.05)
+        code = self.process.poll()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        return Finished(code, self.log, self.root)
 
 
 def version_of(package: str) -> str | None:

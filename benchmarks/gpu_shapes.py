@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import shapes
+import torch
+from shapes import Shape
 
-DTYPES = (
-    "float16",
-    "bfloat16",
-    "tf32",
-    "float32",
-)  # tf32: float32 with TF32 allowed, which is torch's default
+# tf32: float32 with TF32 allowed, which is torch's default.
+DTYPES = ("float16", "bfloat16", "tf32", "float32")
 
 
 @dataclass(frozen=True)
@@ -25,22 +24,31 @@ class Case:
     dtype: str
     layers: int = 1
     packed: bool = False  # lengths from a tenth of the steps to all of them
-    graph: bool = False  # captured once, replayed; inference only
+    graph: bool = False  # from a graph only
     kernel: str = "auto"  # LSTM_EXT_CUDA_KERNEL
     bidirectional: bool = False
 
     @property
-    def shape(self) -> str:
-        layers = f"-{self.layers}layers" if self.layers > 1 else ""
-        features = f"-I{self.input_size}" if self.input_size != self.hidden_size else ""
-        packed = "-packed" if self.packed else ""
-        both = "-bidirectional" if self.bidirectional else ""
-        return f"B{self.batch}-T{self.steps}{features}-H{self.hidden_size}{layers}{both}{packed}"
+    def shape(self) -> Shape:
+        sizes = self.batch, self.steps, self.input_size, self.hidden_size, self.layers
+        return Shape(*sizes, 2 if self.bidirectional else 1)
 
     @property
-    def key(self) -> str:
-        kernel = f" {self.kernel}" if self.kernel != "auto" else ""
-        return f"{self.group} {self.shape} {self.dtype}{kernel}" + (" graph" if self.graph else "")
+    def torch_dtype(self) -> torch.dtype:
+        return torch.float32 if self.dtype == "tf32" else getattr(torch, self.dtype)
+
+    @property
+    def name(self) -> str:
+        parts = [f"B{self.batch}", f"T{self.steps}"]
+        parts += [f"I{self.input_size}"] if self.input_size != self.hidden_size else []
+        parts += [f"H{self.hidden_size}", *([f"{self.layers}layers"] if self.layers > 1 else [])]
+        parts += [name for name in ("bidirectional", "packed") if getattr(self, name)]
+        return "-".join(parts) + (f" {self.kernel}" if self.kernel != "auto" else "")
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """What a result begins with: what `records.key` takes, and the case; a graph has a name of its own."""
+        case = f"{self.name} graph" if kind == "graph" else self.name
+        return asdict(self) | {"case": case, "kind": kind, "threads": 1, "training": kind == "training"}
 
 
 def _each(case: Case, *dtypes: str) -> Iterator[Case]:
@@ -52,48 +60,46 @@ def _each(case: Case, *dtypes: str) -> Iterator[Case]:
 FLASH = Case("flashrnn", 16, 1024, 768, 768, "float16")
 PER_STEP = Case("per step", 64, 1024, 512, 512, "bfloat16")
 # What torch has no persistent kernel of cuDNN for: one thing changed at a time.
+CHANGES: tuple[dict[str, Any], ...] = (
+    {"bidirectional": True},
+    {"layers": 3},
+    {"packed": True},
+    {"input_size": 300, "hidden_size": 300},
+    {"batch": 1},
+)
 OUTSIDE = [
-    *(replace(FLASH, dtype=dtype) for dtype in ("bfloat16", "tf32")),
+    *_each(FLASH, "bfloat16", "tf32"),
     *(
         replace(FLASH, group="outside cuDNN's window", dtype=dtype, **change)
         for dtype in ("float16", "bfloat16")
-        for change in (
-            {"bidirectional": True},
-            {"layers": 3},
-            {"packed": True},
-            {"input_size": 300, "hidden_size": 300},
-            {"batch": 1},
-        )
+        for change in CHANGES
     ),
 ]
 
 
 def _in_order() -> Iterator[Case]:
-    flash = replace(FLASH, dtype="")
     step = Case("step", 1, 1, 128, 128, "")
-    yield from _each(flash)
-    for kernel in ("persistent", "step", "stepwise"):
-        yield replace(FLASH, kernel=kernel)
-    for kernel in ("auto", "persistent", "step", "stepwise"):
-        yield replace(PER_STEP, kernel=kernel)
+    yield from _each(FLASH)
+    for case in (FLASH, PER_STEP):
+        for kernel in ("auto", "persistent", "step", "stepwise"):
+            yield replace(case, kernel=kernel)
     for kernel in ("auto", "persistent"):
         for case in OUTSIDE:
             yield replace(case, kernel=kernel)
-    yield from _each(step)
-    yield from _each(replace(step, graph=True))
+    for graph in (False, True):
+        yield from _each(replace(step, graph=graph))
     # What gpu_plan chooses between, where it matters most.
-    for case in (flash, step, Case("cpu table", 64, 50, 256, 256, "")):
+    for case in (FLASH, step, Case("cpu table", 64, 50, 256, 256, "")):
         for kernel in ("persistent", "step", "stepwise"):
-            if case.steps == 1 and kernel == "persistent":
-                continue  # it has nothing to keep
-            yield from _each(replace(case, kernel=kernel), "bfloat16", "float16", "tf32")
+            if case.steps > 1 or kernel != "persistent":  # which has nothing to keep in one step
+                yield from _each(replace(case, kernel=kernel), "bfloat16", "float16", "tf32")
     yield from _each(Case("fastrnns", 64, 100, 512, 512, ""))
     yield from _each(Case("torchrl", 256, 128, 32, 512, ""), "float32", "tf32", "bfloat16")
     yield from _each(Case("two layers", 8, 2000, 256, 256, "", layers=2), "tf32", "bfloat16", "float32")
-    for steps in (100, 1000):
+    for steps in (100, 1000, 10, 4000):
         yield from _each(Case("packed", 32, steps, 256, 256, "", packed=True), "tf32", "bfloat16")
     for batch in (64, 2, 256, 32, 128, 8):
-        yield from _each(replace(flash, batch=batch), "bfloat16", "float16")
+        yield from _each(replace(FLASH, batch=batch), "bfloat16", "float16")
     for name, s in shapes.SHAPES.items():
         if name != shapes.STEP:
             yield from _each(Case("cpu table", *s[:4], ""), "tf32", "bfloat16")
@@ -101,15 +107,13 @@ def _in_order() -> Iterator[Case]:
     for batch, hidden in haste:
         yield from _each(Case("haste", batch, 50, 128, hidden, ""), "float32", "tf32")
     for steps in (256, 512, 2048):
-        yield from _each(replace(flash, steps=steps), "bfloat16", "float16", "tf32")
+        yield from _each(replace(FLASH, steps=steps), "bfloat16", "float16", "tf32")
     for batch, hidden in ((1, 512), (32, 256), (64, 1024)):
-        one = replace(step, batch=batch, input_size=hidden, hidden_size=hidden)
         for graph in (False, True):
-            yield from _each(replace(one, graph=graph), "bfloat16", "tf32")
-    for steps in (10, 4000):
-        yield from _each(Case("packed", 32, steps, 256, 256, "", packed=True), "tf32", "bfloat16")
+            one = replace(step, batch=batch, input_size=hidden, hidden_size=hidden, graph=graph)
+            yield from _each(one, "bfloat16", "tf32")
     for batch in (64, 256, 2):
-        yield from _each(replace(flash, batch=batch), "tf32", "float32")
+        yield from _each(replace(FLASH, batch=batch), "tf32", "float32")
     for batch, hidden in ((128, 512), (1, 4096), (32, 4096), (32, 2048)):
         yield from _each(Case("haste", batch, 50, 512, hidden, ""), "float32", "tf32")
 

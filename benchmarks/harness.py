@@ -35,10 +35,13 @@ MIN_SAMPLE_SECONDS = 5e-3
 MEBIBYTE = 2**20
 
 
-def sample(function: Callable[[], object], calls: int) -> float:
+def sample(function: Callable[[], object], calls: int, end: Callable[[], object] = lambda: None) -> float:
+    """Seconds of a call; `end` waits for a device that computes on its own."""
+    end()
     start = time.perf_counter()
     for _ in range(calls):
         function()
+    end()
     return (time.perf_counter() - start) / calls
 
 
@@ -63,6 +66,7 @@ def interleave(
     least: int = MIN_REPEATS,
     most: int = MAX_REPEATS,
     pause: float = 0.0,
+    end: Callable[[], object] = lambda: None,
 ) -> Interleaved:
     """Take turns between the sides for about `budget` seconds; all of them in each turn, `least` to `most` turns.
 
@@ -78,10 +82,10 @@ def interleave(
     once = {}
     for name, function in sides.items():
         settle(pause)
-        once[name] = sample(function, 1)
+        once[name] = sample(function, 1, end)
     if sum(once.values()) < budget / 4:  # else a call takes so long that nothing but the samples matters
         for name, function in sides.items():
-            once[name] = min(once[name], *(sample(function, 1) for _ in range(3)))
+            once[name] = min(once[name], *(sample(function, 1, end) for _ in range(3)))
     slowest = max(once.values())
     # All sides get the same number of calls, so that each finds the caches as full of itself as the others do.
     calls = max(1, math.ceil(MIN_SAMPLE_SECONDS / slowest))
@@ -99,7 +103,7 @@ def interleave(
                 settle(pause)
                 if pause and calls > 1:
                     sides[name]()
-                seconds[name].append(sample(sides[name], calls))
+                seconds[name].append(sample(sides[name], calls, end))
     finally:
         if enabled:
             gc.enable()
@@ -172,7 +176,7 @@ def call_of(layer: nn.Module, x: torch.Tensor | PackedSequence, training: bool) 
     argument = PackedSequence(data, *x[1:]) if isinstance(x, PackedSequence) else data
     units = layer.hidden_size * (2 if getattr(layer, "bidirectional", False) else 1)
     generator = torch.Generator().manual_seed(2)
-    grad = torch.randn(*data.shape[:-1], units, generator=generator).to(data.dtype)
+    grad = torch.randn(*data.shape[:-1], units, generator=generator).to(data)
 
     def train() -> object:
         data.grad = None

@@ -1,8 +1,6 @@
-"""What the machine can do: its peak of arithmetic by a large product, and its bandwidth for buffers of given sizes.
+"""The facts of the machine, and its bandwidth for buffers of given sizes.
 
-    python benchmarks/machine.py [--threads N ...]
-
-Both are measured with torch and not with lstm_ext, and the best of several tries counts: what is asked for is a bound.
+That is measured with torch and not with lstm_ext, and the best of several tries counts: what is asked for is a bound.
 """
 
 from __future__ import annotations
@@ -22,53 +20,6 @@ KIBIBYTE = 1024
 MEMORY = 128 * harness.MEBIBYTE  # of a buffer that no cache holds
 SIZES = (*(size * KIBIBYTE for size in (8, 128, 512, 2048, 8192)), MEMORY)
 READ_AT_LEAST = 32 * harness.MEBIBYTE  # in one call, so that the call itself does not count
-
-
-def peak(dtype: str, threads: int, budget: float) -> tuple[float, str]:
-    """GFLOP/s of the best product of two square matrices, and whose it is: torch.mm's, or that of oneDNN's linear.
-
-    torch.mm is MKL's in float32 and float64, which is slow on processors that are not Intel's. `budget` is for each.
-    """
-    torch.set_num_threads(threads)
-    found = [(_best_product(product, dtype, budget), name) for name, product in PRODUCTS.items()]
-    return max(found)
-
-
-def _linear(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-
-
-PRODUCTS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "torch.mm": torch.mm,
-    "oneDNN": _linear,
-}
-
-
-def _best_product(
-    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], dtype: str, budget: float
-) -> float:
-    """Sizes grow while one product takes a tenth of the budget or less; 0 where there is none of this dtype."""
-    best, size = 0.0, 256
-    deadline = time.perf_counter() + budget
-    while True:
-        a, b = (torch.randn(size, size).to(getattr(torch, dtype)) for _ in range(2))
-
-        def call(a: torch.Tensor = a, b: torch.Tensor = b) -> object:
-            return product(a, b)
-
-        try:
-            call()
-        except (AttributeError, RuntimeError):  # a torch without oneDNN, or a dtype that it has not
-            return best
-        seconds = harness.sample(call, 1)
-        while time.perf_counter() < deadline:
-            seconds = min(seconds, harness.sample(call, 1))
-            if size < 2048 and seconds < budget / 10:
-                break
-        best = max(best, 2e-9 * size**3 / seconds)
-        if time.perf_counter() >= deadline:
-            return best
-        size *= 2
 
 
 def bandwidth(size: int, threads: int, budget: float) -> float:
@@ -132,14 +83,7 @@ class Machine:
 
     def __init__(self, budget: float = 0.2) -> None:
         self.budget = budget
-        self.peaks: dict[tuple[str, int], tuple[float, str]] = {}
         self.bandwidths: dict[tuple[int, int], float] = {}
-
-    def peak(self, dtype: str, threads: int) -> float:
-        key = dtype, threads
-        if key not in self.peaks:
-            self.peaks[key] = peak(dtype, threads, self.budget)
-        return self.peaks[key][0]
 
     def bandwidth(self, size: int, threads: int) -> float:
         key = size, threads
@@ -149,27 +93,19 @@ class Machine:
             torch.set_num_threads(before)
         return self.bandwidths[key]
 
-    def measure(self, every: Iterable[int], dtypes: Iterable[str]) -> None:
-        """All peaks and bandwidths, for each number of threads; printed."""
+    def measure(self, every: Iterable[int]) -> None:
+        """For each number of threads; printed."""
         for threads in every:
-            for dtype in dtypes:
-                print(
-                    f"peak, {dtype}, threads {threads}: {self.peak(dtype, threads):.0f} GFLOP/s", flush=True
-                )
             for size in SIZES:
                 speed = self.bandwidth(size, threads)
                 print(f"bandwidth, {size // KIBIBYTE} KiB, threads {threads}: {speed:.0f} GB/s", flush=True)
 
     def record(self) -> dict[str, list[dict[str, object]]]:
         return {
-            "peak": [
-                {"dtype": dtype, "threads": threads, "gflops": harness.rounded(value), "by": name}
-                for (dtype, threads), (value, name) in self.peaks.items()
-            ],
             "bandwidth": [
                 {"bytes": size, "threads": threads, "gigabytes_per_second": harness.rounded(value)}
                 for (size, threads), value in sorted(self.bandwidths.items())
-            ],
+            ]
         }
 
 
@@ -212,16 +148,3 @@ def _caches() -> dict[str, str]:
         if level and kind and size:
             found[f"L{level} {kind}"] = size
     return found
-
-
-def main() -> None:
-    parser = harness.parser_of(__doc__)
-    parser.add_argument("--threads", nargs="+", type=harness.positive(int), default=[1, 2], metavar="N")
-    options = parser.parse_args()
-    for name, value in facts().items():
-        print(f"{name}: {value}")
-    Machine().measure(options.threads, DTYPES)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import harness
 from records import Result
-from shapes import Shape
 
 from .ages import dated
 from .text import facts_line, kind_of, plural, table
@@ -97,18 +96,12 @@ def ratio_of(goal: Goal, result: Result) -> float:
     return min(sides[peer]["median"] for peer in peers if peer in sides) / sides[goal[5]]["median"]
 
 
-def ratios_of(record: Result, goal: Goal, threads: int) -> list[float]:
-    return [ratio_of(goal, result) for result in results_of(record, goal, threads)]
-
-
-# Of each goal, in this order: the mean and the least ratio asked for, or 0. A measurement below the least less 5 % for
-# noise misses it.
+# Of each goal, in this order: the mean and the least ratio asked for, or 0.
 TARGETS = {
     "amx": ((1.6, 1.3), (1.8, 1.4), (1.3, 1.0), (1.3, 1.0), (1.5, 0), (1.8, 0), (1.5, 1.0)),
     "avx512": ((1.05, 1.0), (1.25, 1.0), (1.2, 1.0), (1.2, 1.0), (1.5, 0), (1.8, 0), (1.2, 1.0)),
     "avx2": ((1.03, 1.0), (1.2, 1.0), (0, 0), (0, 0), (1.5, 0), (1.8, 0), (1.1, 1.0)),
 }
-NOISE = 0.95
 
 
 def targets_of(record: Result) -> tuple[tuple[float, float], ...]:
@@ -122,99 +115,13 @@ def goals(record: Result) -> list[str]:
     for goal, (mean, least) in zip(GOALS, targets_of(record), strict=True):
         cells: list[str] = []
         for threads in (1, 2):
-            ratios = ratios_of(record, goal, threads)
+            ratios = [ratio_of(goal, result) for result in results_of(record, goal, threads)]
             cells.append(f"{harness.geometric_mean(ratios):.2f} ({min(ratios):.2f})" if ratios else "")
         if any(cells):
             asked = f"{mean:g} ({least:.1f})" if least else f"{mean:g}" if mean else ""
             rows.append([goal[0], "the best side" if goal[-1] else "torch", *cells, asked])
     head = ["shapes", "over", "1 thread", "2 threads", "goal"]
     return ["", "The shapes that the project has goals for:", "", *table(head, rows)] if rows else []
-
-
-# From so many rows on, float32 layers run on the tile engine.
-ENGINE_ROWS = 8
-
-
-def work_of(shape: Shape) -> tuple[float, float]:
-    """Floating-point operations of the products, and bytes that the steps read and write: the weights in each step.
-
-    The first step begins with a state of zeros, and has no product with the recurrent weights.
-    """
-    flops = moved = 0.0
-    features, hidden = shape.input_size, shape.hidden_size
-    for _ in range(shape.layers):
-        weights = 4 * hidden * (shape.steps * features + (shape.steps - 1) * hidden)  # each time it is read
-        flops += 2.0 * shape.directions * shape.batch * weights
-        moved += 4.0 * shape.directions * (weights + shape.steps * shape.batch * (features + 2 * hidden))
-        features = hidden * shape.directions
-    return flops, moved
-
-
-def shape_of(result: Result) -> Shape:
-    return Shape(*(result[name] for name in Shape._fields))
-
-
-def operations(result: Result) -> float:
-    """Floating-point operations of the products, in millions."""
-    return 1e-6 * work_of(shape_of(result))[0] * (3 if result["training"] else 1)
-
-
-def on_engine(record: Result, result: Result) -> bool:
-    return record["facts"]["lstm_ext_cpu_capability"] == "amx" and result["batch"] >= ENGINE_ROWS
-
-
-def best_speed(record: Result, like: Result) -> float:
-    """GFLOP/s of the fastest product or case of any side, in a dtype, with as many threads and like units."""
-    speeds = [
-        peak["gflops"]
-        for peak in record["machine"]["peak"]
-        if (peak["dtype"], peak["threads"]) == (like["dtype"], like["threads"])
-    ]
-    for result in record["results"]:
-        if result["group"] not in ("inference", "training", "dtypes"):
-            continue
-        alike = (result["dtype"], result["threads"]) == (like["dtype"], like["threads"])
-        if alike and on_engine(record, result) == on_engine(record, like):
-            speeds.append(operations(result) / min(side["median"] for side in result["sides"].values()))
-    return max(speeds)
-
-
-def limit_of(record: Result, result: Result) -> float:
-    """Milliseconds that the machine needs at least, by what it has shown in this record: for the products, or for
-    reading the recurrent weights in each step, whichever is longer."""
-    float32_bytes = 6 if on_engine(record, result) else 4  # bytes of a float32 number
-    number = 2 if result["dtype"] == "bfloat16" else float32_bytes
-    size = 4 * result["hidden_size"] ** 2 * number
-    speeds = [b for b in record["machine"]["bandwidth"] if b["threads"] == result["threads"]]
-    speed = min(speeds, key=lambda b: abs(b["bytes"] - size))["gigabytes_per_second"]
-    times = result["layers"] * result["directions"] * result["steps"] * (2 if result["training"] else 1)
-    return max(operations(result) / best_speed(record, result), 1e-6 * times * size / speed)
-
-
-def misses(record: Result) -> list[str]:
-    """The cases of missed goals: all below the mean asked for where the mean is missed, else those below the least."""
-    rows = []
-    for goal, (mean, least) in zip(GOALS, targets_of(record), strict=True):
-        found: dict[str, dict[int, str]] = {}
-        for threads in (1, 2):
-            results = results_of(record, goal, threads)
-            ratios = [ratio_of(goal, result) for result in results]
-            misses_mean = bool(ratios) and harness.geometric_mean(ratios) < mean
-            for result, ratio in zip(results, ratios, strict=True):
-                if ratio < (mean if misses_mean else least * NOISE):
-                    share = limit_of(record, result) / result["sides"][goal[5]]["median"]
-                    found.setdefault(result["case"], {})[threads] = f"{ratio:.2f}, {100 * share:.0f} %"
-        rows += [[goal[0], case, cells.get(1, ""), cells.get(2, "")] for case, cells in sorted(found.items())]
-    if not rows:
-        return []
-    return [
-        "",
-        "Cases that miss a goal: those below the mean that is asked for, where the mean is missed, else those more "
-        "than 5 % below the least ratio. Beside the ratio, the share of the limit: the time for the products at the "
-        "best speed of any product or case of this record, or for reading U in each step, over the time of our layer.",
-        "",
-        *table(["shapes", "case", "1 thread", "2 threads"], rows),
-    ]
 
 
 def microseconds(value: float) -> str:
@@ -256,7 +163,6 @@ def text(record: Result) -> str:
         "",
         NOTE,
         *goals(record),
-        *misses(record),
         *steps(record),
         "",
         f"Peers: {'; '.join(peers)}.",
