@@ -34,7 +34,6 @@ from unittest import mock
 
 import torch
 from judge import absolute_error
-from oracle import Cell
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -52,7 +51,7 @@ from .cases import (
     strided,
     tensors_of,
 )
-from .oracle import OracleLSTM
+from .oracle import Cell, OracleLSTM
 
 # Runs with changed inputs: so many are cheap, and a case that fails with them is judged by as many as judge.py's rule
 # takes. Of a tensor of one number the movements of three draws may all be small.
