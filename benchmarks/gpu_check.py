@@ -138,13 +138,6 @@ def info(session: Session, seconds: float) -> Outcome:
     return judged(about, **details)
 
 
-def find_program(name: str, *folders: str) -> str | None:
-    """On the path, or in a folder of CUDA's."""
-    homes = [os.environ.get(variable) for variable in ("CUDA_HOME", "CUDA_PATH")]
-    places = [Path(h) / folder for h in [*filter(None, homes), "/usr/local/cuda"] for folder in folders]
-    return shutil.which(name) or next((str(p / name) for p in places if (p / name).is_file()), None)
-
-
 # ---- diagnosis
 
 
@@ -360,7 +353,9 @@ def sanitizer(session: Session, seconds: float) -> Outcome:
     if session.dry:
         run = session.python("sanitized", script, seconds)
         return judged(run) if run.code else Outcome("not run", "dry; the program that it would watch runs")
-    program = find_program("compute-sanitizer", "bin", "compute-sanitizer")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places = [f"{home}/{folder}" for home in filter(None, homes) for folder in ("bin", "compute-sanitizer")]
+    program = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *places]))
     if program is None:
         return Outcome("not run", "compute-sanitizer was not found")
     deadline = time.monotonic() + seconds

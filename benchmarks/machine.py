@@ -9,7 +9,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import harness
@@ -34,19 +34,7 @@ def bandwidth(size: int, threads: int, budget: float) -> float:
     times = max(1, READ_AT_LEAST // (4 * numbers))
     # numpy asks for huge pages where a buffer is large, as a frozen layer does.
     shares = [torch.from_numpy(numpy.ones(numbers, numpy.float32)).expand(times, -1) for _ in range(threads)]
-    if threads == 1:
-        seconds = _best(lambda: shares[0].sum(), budget)
-    else:
-        seconds = _best_of_threads(shares, budget)
-    return 1e-9 * 4 * numbers * times * threads / seconds
-
-
-def _best(function: Callable[[], object], budget: float) -> float:
-    function()
-    best, deadline = float("inf"), time.perf_counter() + budget
-    while best == float("inf") or time.perf_counter() < deadline:
-        best = min(best, harness.sample(function, 1))
-    return best
+    return 1e-9 * 4 * numbers * times * threads / _best_of_threads(shares, budget)
 
 
 def _best_of_threads(shares: list[torch.Tensor], budget: float) -> float:

@@ -1,7 +1,5 @@
 """Other programs that run the same layer: ONNX Runtime, OpenVINO, and torch.ao's dynamic int8 LSTM.
 
-    python benchmarks/peers.py          # which of them are installed
-
 A peer is given a torch.nn.LSTM and takes its weights. ONNX Runtime and OpenVINO run one and the same ONNX model: the
 standard operator LSTM with the weights in its order, every size fixed, time first. Both are held to float32 and to so
 many threads; ONNX Runtime's do not spin between calls, as they would on cores that the others need.
@@ -223,8 +221,3 @@ def calls(
             made.pop(name, None)
             refused[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return made, refused
-
-
-if __name__ == "__main__":
-    for peer in PEERS.values():
-        print(peer.missing() or f"{peer.name}: {peer.how}")

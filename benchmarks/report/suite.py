@@ -1,10 +1,7 @@
-"""Tables from a record of bench.py: the means of each group, goals, and one step of frozen layers beside its bound."""
+"""Tables from a record of bench.py: the means of each group, and one step of frozen layers beside its bound."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import harness
 from records import Result
 
 from .ages import dated
@@ -42,86 +39,6 @@ def means(record: Result) -> list[str]:
         ]
         lines.append([name, plural(threads), str(cases), *cells])
     return table(["", "", "cases", *[SIDES[name] for name in sides]], lines)
-
-
-# A call of fewer microseconds a time step in torch.
-SMALL = 50
-
-
-def is_small(result: Result) -> bool:
-    return result["sides"]["torch"]["median"] * 1e3 / result["steps"] < SMALL
-
-
-def is_large(result: Result) -> bool:
-    return result["hidden_size"] >= 128 and result["batch"] >= 16
-
-
-# What the project asks for: cases of a group, and which side stands against torch or the best of all others.
-Goal = tuple[str, str, bool, str, Callable[[Result], bool], str, bool]
-GOALS: tuple[Goal, ...] = (
-    ("float32 inference, H >= 128 and B >= 16", "inference", False, "float32", is_large, "ours", False),
-    ("float32 training, the same", "training", True, "float32", is_large, "ours", False),
-    ("bfloat16 inference", "dtypes", False, "bfloat16", lambda _: True, "ours", False),
-    ("bfloat16 training", "dtypes", True, "bfloat16", lambda _: True, "ours", False),
-    (
-        f"small: below {SMALL} µs a step in torch; inference",
-        "inference",
-        False,
-        "float32",
-        is_small,
-        "ours",
-        True,
-    ),
-    ("small, training", "training", True, "float32", is_small, "ours", True),
-    ("frozen, of all inference", "inference", False, "float32", lambda _: True, "frozen", True),
-)
-
-
-def results_of(record: Result, goal: Goal, threads: int) -> list[Result]:
-    _, group, training, dtype, counts, side, _ = goal
-    return [
-        result
-        for result in record["results"]
-        if (result["group"], result["training"]) == (group, training)
-        and (result["dtype"], result["threads"]) == (dtype, threads)
-        and side in result["sides"]
-        and counts(result)
-    ]
-
-
-def ratio_of(goal: Goal, result: Result) -> float:
-    """The time of torch, or of the best peer, over that of the side that a goal is for."""
-    sides = result["sides"]
-    peers = ("torch", "onnxruntime", "openvino")[: None if goal[-1] else 1]
-    return min(sides[peer]["median"] for peer in peers if peer in sides) / sides[goal[5]]["median"]
-
-
-# Of each goal, in this order: the mean and the least ratio asked for, or 0.
-TARGETS = {
-    "amx": ((1.6, 1.3), (1.8, 1.4), (1.3, 1.0), (1.3, 1.0), (1.5, 0), (1.8, 0), (1.5, 1.0)),
-    "avx512": ((1.05, 1.0), (1.25, 1.0), (1.2, 1.0), (1.2, 1.0), (1.5, 0), (1.8, 0), (1.2, 1.0)),
-    "avx2": ((1.03, 1.0), (1.2, 1.0), (0, 0), (0, 0), (1.5, 0), (1.8, 0), (1.1, 1.0)),
-}
-
-
-def targets_of(record: Result) -> tuple[tuple[float, float], ...]:
-    name = (record["facts"]["lstm_ext_cpu_capability"] or "").removesuffix("_bf16")
-    return TARGETS.get(name, ((0.0, 0.0),) * len(GOALS))
-
-
-def goals(record: Result) -> list[str]:
-    """Geometric mean and worst of the shapes that the project has goals for, and the goals."""
-    rows = []
-    for goal, (mean, least) in zip(GOALS, targets_of(record), strict=True):
-        cells: list[str] = []
-        for threads in (1, 2):
-            ratios = [ratio_of(goal, result) for result in results_of(record, goal, threads)]
-            cells.append(f"{harness.geometric_mean(ratios):.2f} ({min(ratios):.2f})" if ratios else "")
-        if any(cells):
-            asked = f"{mean:g} ({least:.1f})" if least else f"{mean:g}" if mean else ""
-            rows.append([goal[0], "the best side" if goal[-1] else "torch", *cells, asked])
-    head = ["shapes", "over", "1 thread", "2 threads", "goal"]
-    return ["", "The shapes that the project has goals for:", "", *table(head, rows)] if rows else []
 
 
 def microseconds(value: float) -> str:
@@ -162,7 +79,6 @@ def text(record: Result) -> str:
         *means(record),
         "",
         NOTE,
-        *goals(record),
         *steps(record),
         "",
         f"Peers: {'; '.join(peers)}.",
