@@ -1,7 +1,7 @@
 """What the tests reach: every way through the kernels that some call took, on the CPU and in the emulator.
 
     make test ARGS='-p paths --list-paths build/paths.json'        # lists them, with the number of calls
-    python tests/paths.py build/paths.json                          # as a table
+    python tests/paths.py build/paths.json                          # how many there are
     python tests/paths.py before.json build/paths.json              # and what has been lost
 
 A path is what the kernels decide on: the instruction set, the dtype, the pass, the grid of workers, whether weights are
@@ -10,9 +10,11 @@ packed, the kind of data, what a step does, projection, directions. pytest finds
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,9 @@ VIEWS = {
 seen: Counter[tuple[str, ...]] = Counter()
 
 
+CALLS = ("lstm_layer", "lstm_cell", "lstm_layer_forward", "lstm_layer_backward")
+
+
 class Recorder:
     """The extension, or the emulated layer, with a note of each call."""
 
@@ -40,70 +45,48 @@ class Recorder:
         self._options: dict[int, dict[str, Any]] = {}
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._module, name)
-        if name == "LayerOptions":
-            return self._layer_options
         if name in ("lstm_module", "lstm_cell_module"):
             return lambda *_: None  # declined: what Python calls in their place is noted
-        if name in ("lstm_layer", "lstm_cell"):
-            return self._layer if name == "lstm_layer" else self._cell
-        if name == "lstm_layer_forward":
-            return self._forward
-        if name == "lstm_layer_backward":
-            return self._backward
-        return value
+        if name == "LayerOptions":
+            return self._layer_options
+        value = getattr(self._module, name)
+        return functools.partial(self._noted, name, value) if name in CALLS else value
 
     def _layer_options(self, **options: Any) -> Any:
         made = self._module.LayerOptions(**options)
         self._options[id(made)] = options
         return made
 
-    def _layer(self, *arguments: Any) -> Any:
-        return self._noted(self._module.lstm_layer(*arguments), arguments)
-
-    def _cell(self, input: Any, h: Any, c: Any, weights: Any, bias: bool) -> Any:
-        layer = (input.unsqueeze(0), h, c, weights, None, bias, False, None)
-        return self._noted(self._module.lstm_cell(input, h, c, weights, bias), layer)
-
-    def _noted(self, results: Any, arguments: Sequence[Any]) -> Any:
-        """The backward pass of the results is noted when it runs."""
-        node = results[0].grad_fn
-        self._note(arguments, "inference" if node is None else "training")
-        if node is not None:
-            node.register_prehook(lambda _: self._note(arguments, "backward"))
+    def _noted(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The backward pass of results that autograd knows is noted when it runs."""
+        results = function(*arguments)
+        layer = arguments
+        if name == "lstm_cell":
+            input, h, c, weights, bias = arguments
+            layer = (input.unsqueeze(0), h, c, weights, None, bias, False, None)
+        if name == "lstm_layer_backward":
+            self._note(layer, "backward")
+        elif name == "lstm_layer_forward":
+            self._note(layer, "training" if arguments[8] else "inference")
+        else:
+            node = results[0].grad_fn
+            self._note(layer, "inference" if node is None else "training")
+            if node is not None:
+                node.register_prehook(lambda _: self._note(layer, "backward"))
         return results
 
-    def _forward(self, *arguments: Any) -> Any:
-        self._note(arguments, "training" if arguments[8] else "inference")
-        return self._module.lstm_layer_forward(*arguments)
-
-    def _backward(self, *arguments: Any) -> Any:
-        self._note(arguments, "backward")
-        return self._module.lstm_layer_backward(*arguments)
-
     def _note(self, arguments: Sequence[Any], kind: str) -> None:
-        input, _, _, weights, batch_sizes, _, bidirectional, options = arguments[:8]
-        set_ = self._options.get(id(options), {}) if options is not None else {}
-        try:
-            seen[self._path(input, weights, batch_sizes, bidirectional, set_, kind)] += 1
-        except (RuntimeError, ValueError, IndexError, AttributeError):
-            pass  # bad input, which the kernels refuse
+        with contextlib.suppress(RuntimeError, ValueError, IndexError, AttributeError):
+            seen[self._path(*arguments[:8], kind=kind)] += 1  # the kernels refuse what has no path
 
-    def _path(
-        self,
-        input: Any,
-        weights: Any,
-        batch_sizes: Any,
-        bidirectional: bool,
-        options: dict[str, Any],
-        kind: str,
-    ) -> tuple[str, ...]:
+    def _path(self, input: Any, _h: Any, _c: Any, weights: Any, batch_sizes: Any, _bias: Any, both: bool, given: Any,
+              kind: str) -> tuple[str, ...]:  # fmt: skip
         import torch
 
+        options = self._options.get(id(given), {}) if given is not None else {}
         proj_size = weights[1].size(1) if weights[1].size(1) * 4 < weights[1].size(0) else 0
-        capability, workers, layout, chunks = "", "", "", ""
+        grid = "", "", "", ""
         if self._device == "cpu" and not input.is_cuda:
-            capability = self._module.cpu_capability()
             sizes = None if batch_sizes is None else batch_sizes.tolist()
             plan = self._module.cpu_plan(
                 steps=input.size(0) if sizes is None else len(sizes),
@@ -116,24 +99,21 @@ class Recorder:
                 float64=input.dtype == torch.float64,
                 batch_sizes=sizes,
             )
-            workers, layout, chunks = planned(plan, input.numel() // max(1, input.size(-1)), kind)
+            rows = input.numel() // max(1, input.size(-1))
+            grid = self._module.cpu_capability(), *planned(plan, rows, kind)
         data = "dense" if batch_sizes is None else "packed"
-        if options.get("lengths") is not None:
-            data = "lengths"
-        if options.get("resets") is not None:
-            data += ", resets"
+        data = "lengths" if options.get("lengths") is not None else data
+        data += ", resets" if options.get("resets") is not None else ""
         return (
-            self._device if not input.is_cuda else "cuda",
-            capability,
+            "cuda" if input.is_cuda else self._device,
+            grid[0],
             str(input.dtype).removeprefix("torch."),
             kind,
-            workers,
-            layout,
-            chunks,
+            *grid[1:],
             data,
             step_of(options),
             "projected" if proj_size else "",
-            "2" if bidirectional else "1",
+            "2" if both else "1",
         )
 
 
@@ -188,18 +168,8 @@ def pytest_sessionstart(session: Any) -> None:
     except ImportError:
         sys.path.append(str(Path(__file__).parent / "simt"))
         import emulated_layer
-    emulated_layer.stepwise_module = recorded(emulated_layer.stepwise_module)
-
-
-def recorded(make: Callable[[], Any]) -> Callable[[], Recorder]:
-    made: list[Recorder] = []
-
-    def module() -> Recorder:
-        if not made:
-            made.append(Recorder(make(), "emulated"))
-        return made[0]
-
-    return module
+    make = emulated_layer.stepwise_module
+    emulated_layer.stepwise_module = functools.cache(lambda: Recorder(make(), "emulated"))
 
 
 def pytest_testnodedown(node: Any) -> None:
@@ -226,27 +196,19 @@ def read(path: str) -> list[dict[str, str]]:
     return [dict(zip(text["fields"], values, strict=True)) for values, _ in text["paths"]]
 
 
-def viewed(paths: list[dict[str, str]], device: str, fields: Sequence[str]) -> set[tuple[str, ...]]:
-    return {tuple(p[f] for f in fields) for p in paths if p["device"] == device}
-
-
 def main(files: Sequence[str]) -> int:
-    runs = [read(file) for file in files]
-    lost: dict[str, list[str]] = defaultdict(list)
-    print("| device | view | " + " | ".join(files) + " | lost |")
-    print("|---|---|" + "---|" * (len(files) + 1))
+    """How many paths of each view a run has, and those of the first run that the last one has not."""
+    first, last = (read(file) for file in (files[0], files[-1]))
+    all_lost = []
     for device in ("cpu", "emulated", "cuda"):
         for name, fields in VIEWS.items():
-            found = [viewed(run, device, fields) for run in runs]
-            if not any(found):
-                continue
-            missing = sorted(found[0] - found[-1])
-            lost[f"{device}, {name} ({', '.join(fields)})"] += [" | ".join(path) for path in missing]
-            print(f"| {device} | {name} | {' | '.join(str(len(f)) for f in found)} | {len(missing)} |")
-    for name, missing in lost.items():
-        if missing:
-            print(f"\nlost: {name}", *missing, sep="\n  ")
-    return 1 if any(lost.values()) else 0
+            before, after = (
+                {tuple(p[f] for f in fields) for p in run if p["device"] == device} for run in (first, last)
+            )
+            lost = [f"  {' | '.join(path)}" for path in sorted(before - after)]
+            print(f"{device}, {name} ({', '.join(fields)}): {len(after)}, {len(lost)} lost", *lost, sep="\n")
+            all_lost += lost
+    return int(bool(all_lost))
 
 
 if __name__ == "__main__":

@@ -144,20 +144,7 @@ def test_alone(tmp_path: Path) -> None:
 # ---- what is written about a run
 
 
-def test_lost_paths_are_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = ["cpu", "avx2", "float32", "training", "one", "panels", "one", "dense", "plain", "", "1"]
-    both, one = tmp_path / "both.json", tmp_path / "one.json"
-    both.write_text(
-        json.dumps({"fields": paths.FIELDS, "paths": [[path, 3], [[*path[:4], "teams", *path[5:]], 1]]})
-    )
-    one.write_text(json.dumps({"fields": paths.FIELDS, "paths": [[path, 7]]}))
-    assert paths.main([str(one), str(both)]) == 0
-    assert "lost:" not in capsys.readouterr().out
-    assert paths.main([str(both), str(one)]) == 1
-    assert "avx2 | float32 | training | teams | panels | one" in capsys.readouterr().out
-
-
-def test_paths_are_recorded(tmp_path: Path) -> None:
+def test_paths_are_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By the processes of pytest-xdist too."""
     listed = tmp_path / "paths.json"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "paths", "-n", "2"]
@@ -170,3 +157,9 @@ def test_paths_are_recorded(tmp_path: Path) -> None:
     assert {"bfloat16", "float16", "float32"} <= {p["dtype"] for p in found}
     assert "dense, resets" in {p["data"] for p in found}
     assert {"plain", "returned"} <= {p["step"] for p in found}
+    text = json.loads(listed.read_text())
+    fewer = tmp_path / "fewer.json"
+    fewer.write_text(json.dumps(text | {"paths": [p for p in text["paths"] if "float16" not in p[0]]}))
+    assert paths.main([str(fewer), str(listed)]) == 0
+    assert paths.main([str(listed), str(fewer)]) == 1
+    assert "| float16 |" in capsys.readouterr().out
