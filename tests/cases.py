@@ -21,6 +21,7 @@ import internals
 import torch
 from internals import LayerOptions
 from judge import Worst, assert_as_accurate_as_torch, stacked
+from matrix.cases import differing
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -70,35 +71,19 @@ class Case:
     recompute: bool = False
 
     def __repr__(self) -> str:
-        """What is not as by default."""
-        set_ = [
-            f"{f.name}={getattr(self, f.name)!r}"
-            for f in dataclasses.fields(self)
-            if getattr(self, f.name) != f.default
-        ]
-        return f"Case({', '.join(set_)})"
+        return differing(self)
 
     def has_options(self) -> bool:
         """Whether anything beyond torch.nn.LSTM is requested."""
-        return bool(
-            self.resets
-            or self.lengths
-            or self.mask
-            or self.zoneout
-            or self.norm
-            or self.has_cell_options()
-            or self.returned
-            or self.recompute
+        return self.has_cell_options() or self._has(
+            "resets", "lengths", "mask", "zoneout", "norm", "returned", "recompute"
         )
 
     def has_cell_options(self) -> bool:
-        return bool(
-            self.peephole
-            or self.cell_clip
-            or self.coupled_gates
-            or self.activations
-            or self.preactivation_clip
-        )
+        return self._has("peephole", "cell_clip", "coupled_gates", "activations", "preactivation_clip")
+
+    def _has(self, *names: str) -> bool:
+        return any([getattr(self, name) for name in names])
 
     @property
     def directions(self) -> int:
