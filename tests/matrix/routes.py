@@ -219,17 +219,23 @@ def by_torch_operator(module: Any, x: Any, hx: Any, **more: Any) -> Any:
         return module(x, hx, **more)
 
 
-def by_vmap(module: Any, x: Tensor, hx: Any, **more: Any) -> Any:
-    """The first of two samples."""
+def by_vmap(module: Any, x: Any, hx: Any, **more: Any) -> Any:
+    """The first of two samples, with the same random masks."""
+    packed = isinstance(x, PackedSequence)
+    data = x.data if packed else x
 
-    def call(x: Tensor) -> Any:
-        y, states, *extras = module(x, hx, **more)
-        return y, states, *[{n: e for n, e in extra._asdict().items() if e is not None} for extra in extras]
+    def call(data: Tensor) -> Any:
+        y, states, *extras = module(x._replace(data=data) if packed else data, hx, **more)
+        return (
+            y.data if packed else y,
+            states,
+            *[{n: e for n, e in extra._asdict().items() if e is not None} for extra in extras],
+        )
 
-    y, states, *extras = vmap(call)(torch.stack([x, 0.5 * x]))
+    y, states, *extras = vmap(call, randomness="same")(torch.stack([data, 0.5 * data]))
     first = [lstm_ext.LSTMExtras(**{n: extra[n][0] if n in extra else None for n in lstm_ext.LSTMExtras._fields})
              for extra in extras]  # fmt: skip
-    return y[0], (states[0][0], states[1][0]), *first
+    return x._replace(data=y[0]) if packed else y[0], (states[0][0], states[1][0]), *first
 
 
 class _ByTransform(torch.autograd.Function):
@@ -347,7 +353,9 @@ def _results_of(found: Any, x: Any) -> Any:
 def exported(module: Any, x: Any, hx: Any, **more: Any) -> Any:
     """A program that was saved and loaded."""
     called = _Called(module, list(more))
+    state = torch.get_rng_state()
     program = torch.export.export(called, (x, hx, *more.values()), strict=False)
+    torch.set_rng_state(state)
     if not isinstance(x, PackedSequence):  # torch.export cannot save its type
         torch.export.save(program, file := io.BytesIO())
         file.seek(0)
@@ -399,25 +407,29 @@ def traced(module: Any, x: Tensor, hx: Any) -> Any:
         return torch.jit.trace(Holder(module), arguments, check_trace=False)(*arguments)
 
 
-def by_onnx_runtime(module: Any, x: Tensor, hx: Any) -> Any:
-    import onnxruntime
+def by_onnx_runtime(module: Any, x: Tensor, hx: Any, **more: Any) -> Any:
+    asked = {name: value for name, value in more.items() if value is True}
+    given = {"input": x, "hx": hx, **{name: v for name, v in more.items() if name not in asked}}
+    if isinstance(given.get("lengths"), list):
+        given["lengths"] = torch.tensor(given["lengths"], dtype=torch.int64)
+    leaves, form = tree_flatten(given)
+    tensors = [leaf for leaf in leaves if leaf is not None]
 
     class Called(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.lstm = module
 
-        def forward(self, x: Tensor, *hx: Tensor) -> Any:
-            y, (h, c) = self.lstm(x, hx or None)
-            return y, h, c
+        def forward(self, *tensors: Tensor) -> Any:
+            left = iter(tensors)
+            y, (h, c), *extras = self.lstm(
+                **tree_unflatten([None if leaf is None else next(left) for leaf in leaves], form), **asked
+            )
+            return y, h, c, *[e for extra in extras for e in extra if e is not None]
 
-    arguments = (x, *(hx or ()))
-    lstm_ext.onnx.export(Called(), arguments, file := io.BytesIO())
-    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
-    names = [given.name for given in session.get_inputs()]
-    found = session.run(None, dict(zip(names, [a.detach().numpy() for a in arguments], strict=True)))
-    y, h, c = map(torch.from_numpy, found)
-    return y, (h, c)
+    program = lstm_ext.onnx.export(Called(), tuple(tensors), verbose=False)
+    y, h, c, *rest = [torch.as_tensor(found) for found in program(*tensors)]
+    return y, (h, c), *([lstm_ext.LSTMExtras(*rest)] if rest else ())
 
 
 def by_the_c_library(module: Any, x: Tensor, hx: Any) -> Any:
@@ -463,7 +475,7 @@ ROUTES: dict[str, Route] = {
     # Nothing is read under a mode or by a compiler.
     "dispatch mode": Route(under_a_mode, lambda c: not draws_what_it_reads(c), ONCE),
     "torch's operator": Route(by_torch_operator, modes=("grad", "no_grad", "twice")),
-    "vmap": Route(by_vmap, lambda c: not (c.packed or draws(c)), ("grad", "no_grad", "twice")),
+    "vmap": Route(by_vmap, lambda c: not draws_what_it_reads(c), ("grad", "no_grad", "twice")),
     "per-sample gradients": Route(
         partial(differentiated, of_samples, per_sample_gradients),
         lambda c: not draws(c),
@@ -478,7 +490,7 @@ ROUTES: dict[str, Route] = {
     ),
     "autocast": Route(under_autocast, modes=ONCE, share=16, dtype="bfloat16"),
     "compile": Route(compiled, lambda c: not draws_what_it_reads(c), ONCE, tier="tools"),
-    "export": Route(exported, lambda c: not draws(c), NO_GRADIENTS, tier="tools"),
+    "export": Route(exported, lambda c: not draws_what_it_reads(c), NO_GRADIENTS, tier="tools"),
     # Lists without a tensor and numbers are among the arguments of the operator.
     "AOTInductor": Route(
         ahead_of_time,
@@ -494,7 +506,7 @@ ROUTES: dict[str, Route] = {
     "trace": Route(traced, lambda c: is_plain(c) and not (c.packed or draws(c)), NO_GRADIENTS),
     "ONNX Runtime": Route(
         by_onnx_runtime,
-        lambda c: not (c.packed or called_with(c) or draws(c)) and c.layout == "batched",
+        lambda c: not (c.packed or draws(c)),
         NO_GRADIENTS,
         tier="tools",
         dtype="float32",

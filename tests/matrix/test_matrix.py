@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+
+from lstm_ext.layer import equations
 
 from .cases import (
     CAPABILITIES,
@@ -42,7 +46,20 @@ def cases(mode: str = "", share: int = 0) -> Iterator[Any]:
 @pytest.mark.parametrize(("route", "case"), list(cases()))
 def test_numbers(route: str, case: Case) -> None:
     torch._dynamo.reset()
-    check(case, ROUTES[route].kind, ROUTES[route].call)
+    call = ROUTES[route].call
+    check(case, ROUTES[route].kind, call if route in ON_EQUATIONS else partial(on_kernels, call))
+
+
+# All other ways run on the kernels.
+ON_EQUATIONS = ("reference", "torch's operator", "forward mode")
+
+
+def on_kernels(call: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+    def refused(*_: Any) -> Any:
+        raise AssertionError("the equations compute it, and not the kernels")
+
+    with mock.patch.object(equations, "lstm_layer", refused):
+        return call(*arguments, **more)
 
 
 # ---- what is no axis of the table, on a part of it
