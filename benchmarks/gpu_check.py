@@ -151,7 +151,7 @@ def diagnosis(session: Session, seconds: float) -> Outcome:
     arguments = [sys.executable, program, "--device", session.device]
     if session.dry:
         plain: list[tuple[str, list[str]]] = [
-            ("mailbox bfloat16", ["--kernel", "mailbox", "--dtype", "bfloat16"])
+            ("persistent bfloat16", ["--kernel", "persistent", "--dtype", "bfloat16"])
         ]
         runs = plain + [(f"{plain[0][0]}, {f}", [*plain[0][1], "--fault", f]) for f in cuda_diagnosis.FAULTS]
     else:

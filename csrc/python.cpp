@@ -211,8 +211,7 @@ lstm_ext::cuda::Number number_named(const std::string& dtype, const char* who) {
 
 lstm_ext::cuda::Kernel kernel_named(const std::string& name, const char* who) {
   const auto named = lstm_ext::cuda::request_named(name);
-  TORCH_CHECK_VALUE(named && !named->any && !named->exchange, who, ": expected stepwise, step or persistent, got ",
-                    name);
+  TORCH_CHECK_VALUE(named && !named->any, who, ": expected stepwise, step or persistent, got ", name);
   return named->kernel;
 }
 
@@ -247,8 +246,7 @@ py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t
   }
   const Number number = number_named(dtype, "cuda_plan");
   const std::optional<Request> named = request_named(kernel);
-  TORCH_CHECK(named, "cuda_plan: kernel: expected auto, stepwise, step, persistent, independent or mailbox, got ",
-              kernel);
+  TORCH_CHECK(named, "cuda_plan: kernel: expected auto, stepwise, step or persistent, got ", kernel);
   Request request = *named;
   const auto said = [](const std::optional<bool>& outcome) {
     return !outcome ? Outcome::kNotTried : *outcome ? Outcome::kRight : Outcome::kWrong;
@@ -275,7 +273,6 @@ py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t
   result["step_problem"] = found.step_problem;
   py::dict persistent;
   persistent["problem"] = found.persistent.problem;
-  persistent["exchange"] = found.persistent.exchange == Exchange::kMailbox ? "mailbox" : "none";
   persistent["groups"] = found.persistent.groups;
   persistent["extra"] = found.persistent.extra;
   persistent["blocks"] = found.persistent.blocks;
@@ -287,7 +284,7 @@ py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t
 void request(const std::string& name, void (*set)(const lstm_ext::cuda::Request*)) {
   const auto named = lstm_ext::cuda::request_named(name);
   TORCH_CHECK_VALUE(name.empty() || (named && !named->any),
-                    "name: expected stepwise, step, persistent, independent, mailbox or nothing, got ", name);
+                    "name: expected stepwise, step, persistent or nothing, got ", name);
   set(named ? &*named : nullptr);
 }
 

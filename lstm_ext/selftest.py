@@ -163,27 +163,24 @@ def cpu_checks() -> Iterator[Check]:
 
 def cuda_checks(device: torch.device) -> Iterator[Check]:
     """The checks of each kernel; except for `stepwise`, only of layers that it can compute."""
-    requests = [("stepwise", "stepwise")]
-    requests += [(kernel, name) for kernel, names in config.TRIED_CUDA_KERNELS.items() for name in names]
-    for kernel, request in requests:
+    for kernel in config.CUDA_KERNELS:
         fused = kernel != "stepwise"
         tried = [case for case in TRIED_CASES if not case.options and case not in CASES]
         all_cases = [*CASES, *(tried if device.type == "cuda" else ())]  # the emulator would take hours
         cases = [case for case in all_cases if not (fused and case.proj_size)]
         dtypes = [t for t in DTYPES if not fused or t in (torch.bfloat16, torch.float16)]
-        note_of = "" if request == kernel else f", {request}"
         in_tf32 = cuda_kernels.variant(kernel, torch.float32)
         for dtype, case in itertools.product(dtypes, cases):
-            yield _check(kernel, case, dtype, device, kernel=request, note=note_of)
+            yield _check(kernel, case, dtype, device, kernel=kernel)
         for case in cases:
             yield _check(
                 in_tf32,
                 case,
                 torch.float32,
                 device,
-                note=f"{note_of}, TF32",
+                note=", TF32",
                 precision="tf32",
-                kernel=request,
+                kernel=kernel,
             )
         for dtype in dtypes:
             for how, note in (
@@ -192,7 +189,7 @@ def cuda_checks(device: torch.device) -> Iterator[Check]:
             ):
                 for case in cases:
                     if case.name in CAPTURED:
-                        yield _check(kernel, case, dtype, device, how, note_of + note, kernel=request)
+                        yield _check(kernel, case, dtype, device, how, note, kernel=kernel)
 
 
 def run(device: torch.device, checks: Iterator[Check]) -> bool:

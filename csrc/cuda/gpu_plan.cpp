@@ -46,28 +46,22 @@ const char* step_problem(const LayerFacts& layer) {
 namespace {
 
 // The persistent kernel of a layer. A multiprocessor has one block: its registers are full of weights.
-Plan::Persistent persistent_of(const LayerFacts& layer, const DeviceFacts& device, Exchange exchange,
+Plan::Persistent persistent_of(const LayerFacts& layer, const DeviceFacts& device,
                                const std::optional<int64_t>& most_blocks) {
   Plan::Persistent result;
   const int number = operand_bytes(layer);
   const int64_t length = persistent_length(layer, number), tiles = ceil_div(layer.batch, kPersistentRows);
-  const PersistentShape shape = persistent_shape(layer.backward, exchange, number);
+  const PersistentShape shape = persistent_shape(layer.backward, number);
   const int64_t missing = std::max<int64_t>(length - shape.depth(number), 0);
-  result.exchange = exchange;
-  result.extra = static_cast<int>(ceil_div(missing * number, int64_t{4} * shape.parts * kPieceBytes));
-  result.shared_bytes = persistent_shared(layer.backward, exchange, number, result.extra, length);
+  result.extra = static_cast<int>(ceil_div(missing * number, int64_t{4} * kPersistentParts * kPieceBytes));
+  result.shared_bytes = persistent_shared(layer.backward, number, result.extra);
   constexpr int64_t kMost = int64_t{1} << 30;
   if (layer.steps < 2) {
     result.problem = "the sequence has one step";
   } else if (layer.steps > kMost || layer.batch > kMost) {
     result.problem = "it counts steps and rows in 32 bits";
-  } else if (exchange == Exchange::kNone && layer.hidden_size > shape.units) {
-    result.problem = "no block has room for all its units";
   } else if (result.shared_bytes > device.shared_of_block) {
     result.problem = "its weights do not fit into registers and shared memory";
-  } else if (exchange == Exchange::kNone) {
-    result.groups = static_cast<int>(tiles);
-    result.blocks = tiles * layer.directions;
   } else if (device.shared) {
     result.problem = "the device is shared with other programs, and its blocks wait for each other";
   } else {
@@ -106,20 +100,6 @@ void plan_step(Plan& result, const LayerFacts& layer, const DeviceFacts& device)
   }
 }
 
-// The persistent kernel that suits the sizes. A block without an exchange waits for nobody, and has all units to
-// itself. With a mailbox, a group of blocks shares them, and takes its tiles of rows in turn; a turn takes as long as
-// so many units of a block without one. That is arithmetic: nobody has measured it.
-constexpr int64_t kUnitsOfATurn = 40;
-Plan::Persistent persistent_of(const LayerFacts& layer, const DeviceFacts& device, const Request& request) {
-  const auto with = [&](Exchange exchange) { return persistent_of(layer, device, exchange, request.most_blocks); };
-  if (request.exchange) return with(*request.exchange);
-  const Plan::Persistent alone = with(Exchange::kNone), mailbox = with(Exchange::kMailbox);
-  if (!alone.problem.empty()) return mailbox;
-  if (!mailbox.problem.empty()) return alone;
-  const int64_t turns = ceil_div(ceil_div(layer.batch, kPersistentRows), mailbox.groups);
-  return turns * layer.directions * kUnitsOfATurn <= layer.hidden_size ? mailbox : alone;
-}
-
 // Why `auto` takes no kernel with this problem and this outcome, in words that follow its name; or nothing.
 std::string_view refusal(std::string_view problem, Outcome outcome) {
   if (!problem.empty()) return problem;
@@ -142,7 +122,7 @@ Plan plan(const LayerFacts& layer, const DeviceFacts& device, const Request& req
     result.step_problem = result.persistent.problem = none;
   } else {
     plan_step(result, layer, device);
-    result.persistent = persistent_of(layer, device, request);
+    result.persistent = persistent_of(layer, device, request.most_blocks);
   }
   if (request.any) {
     const std::string_view no_persistent = refusal(result.persistent.problem, request.persistent);
@@ -198,10 +178,7 @@ uint64_t bit_of(int device, Kernel kernel, bool tf32) {
 constexpr int kNothing = -1;
 std::atomic<int> request_of_process{kNothing};
 thread_local int requested_by_thread = kNothing;
-int number_of(const Request* request) {
-  if (!request) return kNothing;
-  return 3 * static_cast<int>(request->kernel) + (request->exchange ? 1 + static_cast<int>(*request->exchange) : 0);
-}
+int number_of(const Request* request) { return request ? static_cast<int>(request->kernel) : kNothing; }
 
 }  // namespace
 
@@ -329,9 +306,6 @@ std::optional<Request> request_named(std::string_view name) {
   Request request;
   if (name == "auto") return request;
   request.any = false;
-  if (name == "independent") request.exchange = Exchange::kNone;
-  if (name == "mailbox") request.exchange = Exchange::kMailbox;
-  if (request.exchange) name = name_of(Kernel::kPersistent);
   for (int i = 0; i < 3; ++i) {
     request.kernel = static_cast<Kernel>(i);
     if (name == kKernelNames[i]) return request;
@@ -350,8 +324,7 @@ Request current_request(bool* known) {
   const int asked = requested_by_thread != kNothing ? requested_by_thread : request_of_process.load();
   if (asked != kNothing) {
     request.any = false;
-    request.kernel = static_cast<Kernel>(asked / 3);
-    if (asked % 3 != 0) request.exchange = static_cast<Exchange>(asked % 3 - 1);
+    request.kernel = static_cast<Kernel>(asked);
     return request;
   }
   const char* name = std::getenv("LSTM_EXT_CUDA_KERNEL");

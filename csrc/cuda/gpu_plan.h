@@ -26,35 +26,30 @@ inline int step_rows(int64_t rows) { return rows <= kStepRowsFew ? kStepRowsFew 
 // The persistent kernel: all steps of a chunk in one launch, see cuda/persistent.h. A block has eight warps. Their
 // weights are in registers, in pieces of 16 bytes that a thread reads at once; pieces that do not fit are in shared
 // memory.
-enum class Exchange { kNone, kMailbox };
 constexpr int kPersistentThreads = 256;
-constexpr int kPersistentRows = 8;  // batch rows of a tile: the columns of an instruction
+constexpr int kPersistentRows = 8;   // batch rows of a tile: the columns of an instruction
+constexpr int kPersistentParts = 8;  // parts of the product's depth; a warp has one
 constexpr int kPieceBytes = 16;
 struct PersistentShape {
-  int parts;            // parts of the product's depth; a warp has one
   int tiles;            // tiles of 16 rows of weights in a warp
   int pieces;           // pieces of a row of weights in a thread's registers
   int units;            // hidden units of a block
   int64_t extra_bytes;  // shared memory for one more piece of each thread
-  int64_t depth(int size) const { return int64_t{parts} * 4 * pieces * (kPieceBytes / size); }
+  int64_t depth(int size) const { return int64_t{kPersistentParts} * 4 * pieces * (kPieceBytes / size); }
 };
-// By the pass, the exchange and the size of an operand's number. A thread has 128 registers of weights in all of them.
-constexpr PersistentShape persistent_shape(bool backward, Exchange exchange, int size) {
-  const int parts = exchange == Exchange::kNone ? 1 : 8;
-  const int tiles = backward ? 1 : exchange == Exchange::kMailbox && size == 4 ? 2 : 4;
+// By the pass and the size of an operand's number. A thread has 128 registers of weights in all of them.
+constexpr PersistentShape persistent_shape(bool backward, int size) {
+  const int tiles = backward ? 1 : size == 4 ? 2 : 4;
   // Forward, a unit has four rows of weights, and backward one, which is four times as long.
-  const int units = 8 / parts * tiles * (backward ? 16 : 4);
-  return {parts, tiles, 16 / tiles, units, int64_t{kPersistentThreads} * tiles * 2 * kPieceBytes};
+  const int units = tiles * (backward ? 16 : 4);
+  return {tiles, 16 / tiles, units, int64_t{kPersistentThreads} * tiles * 2 * kPieceBytes};
 }
 
-// Dynamic shared memory, in bytes: `length` numbers go from step to step for each row of the batch.
-inline int64_t persistent_pitch(int64_t length, int size) { return (length * size + 127) / 128 * 128 + 64; }
-inline int64_t persistent_shared(bool backward, Exchange exchange, int size, int extra, int64_t length) {
-  const PersistentShape shape = persistent_shape(backward, exchange, size);
-  // Partial sums, or the numbers themselves, of two turns.
-  const int64_t partials = shape.parts * kPersistentRows * (backward ? shape.units + 4 : 4 * (shape.units + 1)) * 4;
-  const int64_t own = exchange == Exchange::kMailbox ? partials : kPersistentRows * persistent_pitch(length, size);
-  return extra * shape.extra_bytes + 2 * own;
+// Dynamic shared memory, in bytes: extra pieces of weights, and the partial sums of two turns.
+inline int64_t persistent_shared(bool backward, int size, int extra) {
+  const PersistentShape shape = persistent_shape(backward, size);
+  const int64_t sums = kPersistentParts * kPersistentRows * (backward ? shape.units + 4 : 4 * (shape.units + 1)) * 4;
+  return extra * shape.extra_bytes + 2 * sums;
 }
 
 // The layer splits long sequences into chunks whose intermediate results nearly fit into the second-level cache; those
@@ -102,7 +97,6 @@ enum class Outcome { kNotTried, kRight, kWrong };
 struct Request {
   bool any = true;  // take one that has been right; else `kernel`
   Kernel kernel = Kernel::kStepwise;
-  std::optional<Exchange> exchange;  // for a persistent kernel; without it the one that suits the sizes
   Outcome step = Outcome::kNotTried, persistent = Outcome::kNotTried;
   std::optional<Kernel> measured;  // with `any`: the fastest of those that have been right, by set_measured
   // The most blocks of a persistent kernel that wait for each other; nothing: one for each multiprocessor.
@@ -128,9 +122,8 @@ struct Plan {
   int64_t parts_bytes = 0;  // backward, of all directions: partial sums of two steps
   // The same for the persistent kernel.
   struct Persistent {
-    Exchange exchange = Exchange::kNone;
-    int groups = 0;  // groups of blocks that have all units of a direction, or blocks without an exchange
-    int extra = 0;   // pieces of weights of a thread in shared memory
+    int groups = 0;                        // groups of blocks that have all units of a direction
+    int extra = 0;                         // pieces of weights of a thread in shared memory
     int64_t blocks = 0, shared_bytes = 0;  // blocks of all directions; bytes of one block
     std::string_view problem;              // why it cannot run; then the rest says nothing
   } persistent;
@@ -172,8 +165,7 @@ void note_refused(const DeviceFacts* device, std::optional<int64_t> blocks);
 // The most blocks that are asked for, by both.
 LSTM_EXT_PUBLIC int64_t most_blocks(const DeviceFacts* device);
 
-// "auto", "stepwise", "step", "persistent"; or persistent with one exchange, "independent" (none) or "mailbox". Nothing
-// for another word.
+// "auto", "stepwise", "step" or "persistent". Nothing for another word.
 LSTM_EXT_PUBLIC std::optional<Request> request_named(std::string_view name);
 LSTM_EXT_PUBLIC const char* name_of(Kernel kernel);
 

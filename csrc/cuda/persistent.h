@@ -2,11 +2,10 @@
 // weights of a block in its registers. Plain data, no torch. They take what the stepwise kernels take (cuda/stepwise.h)
 // for the first row of the chunk, and find the rest of a step by its place.
 //
-// Two exchanges carry what a step leaves for the next one, h forward and the gates' gradients backward:
-//   kNone      a block has all hidden units of its rows and keeps it in shared memory; blocks never meet.
-//   kMailbox   the units of some rows are spread over a group of blocks. A block writes its part to a mailbox in global
-//              memory, and the others poll it. Each piece of 16 bytes is written once; before the launch all bits of
-//              the mailbox are set, and a piece has come when none of its words is kSentinel. Data are their own flag.
+// The units of some rows are spread over a group of blocks. What a step leaves for the next one, h forward and the
+// gates' gradients backward, goes through a mailbox in global memory: a block writes its part, and the others poll it.
+// Each piece of 16 bytes is written once; before the launch all bits of the mailbox are set, and a piece has come when
+// none of its words is kSentinel. Data are their own flag.
 #pragma once
 
 #include "cuda/gpu_plan.h"
@@ -34,7 +33,7 @@ struct ChunkOfSteps {
 // The data that a step passes to the next one in the pass: (rows, length), in the layout that the next product reads.
 template <typename D>
 struct Mailbox {
-  D* slots;         // rows of the chunk; kNone: (B, length), the last step only
+  D* slots;         // rows of the chunk
   const D* before;  // (B, length): the step before the chunk in the pass; null if there is none
   int64_t length;   // H, or 4 H gate by gate, H rounded up to whole pieces
 };
@@ -87,7 +86,7 @@ template <typename Pass>
 struct PersistentSides {
   Pass sides[2];
   int count;
-  int groups;  // kMailbox: of blocks that have all units; they take tiles of rows by turns
+  int groups;  // groups of blocks that have all units; they take tiles of rows by turns
   int extra;   // pieces of a thread's weights that lie in shared memory
   PersistentControl control;
 };
@@ -96,10 +95,8 @@ struct PersistentSides {
 // operands are rounded to TF32), __half and __nv_bfloat16; without projection and layer normalisation. The grid
 // follows from the sizes.
 template <typename T>
-cudaError_t persistent_forward(const PersistentSides<PersistentForward<T>>& args, Exchange exchange,
-                               cudaStream_t stream);
+cudaError_t persistent_forward(const PersistentSides<PersistentForward<T>>& args, cudaStream_t stream);
 template <typename T>
-cudaError_t persistent_backward(const PersistentSides<PersistentBackward<T>>& args, Exchange exchange,
-                                cudaStream_t stream);
+cudaError_t persistent_backward(const PersistentSides<PersistentBackward<T>>& args, cudaStream_t stream);
 
 }  // namespace lstm_ext::cuda

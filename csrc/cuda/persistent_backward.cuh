@@ -11,7 +11,6 @@ struct PersistentBackwardPass {
   using Arguments = PersistentBackward<T>;
   using Operand = typename Types<T>::Gradient;
   static constexpr bool kBackward = true;
-  static constexpr bool kHasOptions = kOptions;
   static constexpr int kSums = 1;
   struct Cell {
     RowState row;  // takes no part if it is not there
@@ -28,10 +27,9 @@ struct PersistentBackwardPass {
   LSTM_DEVICE static int rows_left(const StepPlace& place) { return place.next_rows; }
 
   // Row `row` of a tile is a unit; along it run all gates' rows of U, gate by gate.
-  LSTM_DEVICE uint4 weight_piece(int64_t first_unit, int warp_row, int warp_rows, int tile, int row,
-                                 int64_t piece) const {
+  LSTM_DEVICE uint4 weight_piece(int64_t first_unit, int tile, int row, int64_t piece) const {
     constexpr int kNumbers = kPieceNumbers<Operand>;
-    const int64_t H = args.cell.hidden_size, unit = first_unit + (warp_row + tile * warp_rows) * 16 + row;
+    const int64_t H = args.cell.hidden_size, unit = first_unit + tile * 16 + row;
     const int64_t length = args.mailbox.length / 4, gate = piece * kNumbers / length;
     const int64_t first = piece * kNumbers - gate * length;
     union {

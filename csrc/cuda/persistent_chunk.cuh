@@ -90,16 +90,6 @@ LSTM_DEVICE uint32_t operand_bits(D value) {
   }
 }
 
-template <typename D>
-LSTM_DEVICE D operand_of_bits(uint32_t bits) {
-  if constexpr (std::is_same_v<D, float>) {
-    return __uint_as_float(bits);
-  } else {
-    const auto half = static_cast<uint16_t>(bits);
-    return reinterpret_cast<const D&>(half);
-  }
-}
-
 LSTM_DEVICE bool is_whole(const uint4& piece) {
   return piece.x != kSentinel && piece.y != kSentinel && piece.z != kSentinel && piece.w != kSentinel;
 }
@@ -173,22 +163,17 @@ LSTM_DEVICE int computed_anew(int value) {
 
 // ---- the loop
 
-template <typename Pass, Exchange kExchange>
+template <typename Pass>
 class PersistentChunk {
  public:
   using D = typename Pass::Operand;
-  static constexpr PersistentShape kShape = persistent_shape(Pass::kBackward, kExchange, sizeof(D));
-  static constexpr int kParts = kShape.parts, kWarpRows = 8 / kParts, kTiles = kShape.tiles, kPieces = kShape.pieces;
+  static constexpr PersistentShape kShape = persistent_shape(Pass::kBackward, sizeof(D));
+  static constexpr int kParts = kPersistentParts, kTiles = kShape.tiles, kPieces = kShape.pieces;
   static constexpr int kUnits = kShape.units;
   static constexpr int kNumbers = kPieceNumbers<D>;
-  static constexpr bool kMailbox = kExchange == Exchange::kMailbox;
-  // Cells whose sums a thread has in the fragments of the instruction, and those that it finishes.
+  // Cells whose sums a thread has in the fragments of the instruction; then a thread finishes one cell or none.
   static constexpr int kFragmentCells = Pass::kSums == 4 ? kTiles : 4 * kTiles;
-  static constexpr int kCellThreads = kMailbox ? kUnits * kPersistentRows : kPersistentThreads;
-  static constexpr int kCells = kMailbox ? 1 : kFragmentCells;
-  // Four cells with options leave no registers for it.
-  static constexpr bool kBeginsEarly = kCells == 1 || !Pass::kHasOptions;
-  static constexpr int kThreadUnits = kMailbox ? 1 : 2;
+  static constexpr int kCellThreads = kUnits * kPersistentRows;
   // Partial sums. The pitch keeps rows in different banks.
   struct alignas(4 * Pass::kSums) Sums {
     float of[Pass::kSums];
@@ -202,17 +187,12 @@ class PersistentChunk {
   };
   static constexpr int kPitch = kUnits + (Pass::kSums == 4 ? 1 : 4);
   static constexpr int kPartials = kParts * kPersistentRows * kPitch;  // partial sums of a turn
-  static_assert(kUnits * kPersistentRows <= kPersistentThreads * kCells);
+  static_assert(kCellThreads <= kPersistentThreads);
 
   // Dynamic shared memory; that of pieces without registers comes first.
-  static size_t shared_bytes(int extra, int64_t length) {
+  static size_t shared_bytes(int extra) {
     static_assert(kPartials * sizeof(Sums) == kParts * kPersistentRows * kPitch * 4 * Pass::kSums);
-    return static_cast<size_t>(persistent_shared(Pass::kBackward, kExchange, sizeof(D), extra, length));
-  }
-  // The pitch of a row of operands in shared memory, in bytes: two rows that a warp reads at once lie in different
-  // banks.
-  LSTM_HOST_DEVICE static int64_t operand_pitch(int64_t length) {
-    return (length * static_cast<int64_t>(sizeof(D)) + 127) / 128 * 128 + 64;
+    return static_cast<size_t>(persistent_shared(Pass::kBackward, sizeof(D), extra));
   }
 
   LSTM_DEVICE PersistentChunk(const PersistentSides<typename Pass::Arguments>& all, unsigned char* shared,
@@ -224,30 +204,26 @@ class PersistentChunk {
         warp_(threadIdx.x / 32),
         group_(threadIdx.x % 32 / 4),
         member_(threadIdx.x % 4),
-        warp_row_(warp_ % kWarpRows),
-        warp_part_(warp_ / kWarpRows),
-        blocks_of_group_(gridDim.x / (kMailbox ? all.groups : gridDim.x)),
+        blocks_of_group_(gridDim.x / all.groups),
         group_row_(static_cast<int>(blockIdx.x / blocks_of_group_) * kPersistentRows),
         first_unit_(static_cast<int>(blockIdx.x % blocks_of_group_) * kUnits),
         pieces_of_row_(static_cast<int>(pass_.args.mailbox.length / kNumbers)) {}
 
   LSTM_DEVICE void run() {
-    if (kMailbox && threadIdx.x < 2) late_[threadIdx.x] = 0;
-    if (kMailbox && threadIdx.x == 0) atomicAdd(all_.control.words + kBlocksThatCame, 1u);
+    if (threadIdx.x < 2) late_[threadIdx.x] = 0;
+    if (threadIdx.x == 0) atomicAdd(all_.control.words + kBlocksThatCame, 1u);
     // If the previous launch gave up, the mail that it did not write never arrives.
     bool goes_on = !all_.control.before || load_relaxed(all_.control.before) != 0;
     if (goes_on) {
       load_weights();
-      if (!kMailbox) load_operands();
       __syncthreads();
       const ChunkOfSteps& steps = pass_.args.steps;
       int turn = 0;
       const int count = steps.end - steps.first;
       int left_at = 0;  // rows of the chunk in front of what the step before in the pass has left
       for (int i = 0; i < count && goes_on; ++i) goes_on = run_step(i, turn, left_at);
-      if (!kMailbox) keep_operands(step_of(count - 1));
     }
-    if (kMailbox) leave(goes_on);
+    leave(goes_on);
   }
 
  private:
@@ -257,13 +233,11 @@ class PersistentChunk {
   // The cell whose sums are number i of this thread's fragments.
   LSTM_DEVICE Unit fragment_cell(int i) const {
     if constexpr (Pass::kSums == 4) {
-      return {(warp_row_ + i / 2 * kWarpRows) * 8 + group_, member_ * 2 + i % 2};
+      return {i / 2 * 8 + group_, member_ * 2 + i % 2};
     } else {
-      return {(warp_row_ + i / 4 * kWarpRows) * 16 + i % 4 / 2 * 8 + group_, member_ * 2 + i % 2};
+      return {i / 4 * 16 + i % 4 / 2 * 8 + group_, member_ * 2 + i % 2};
     }
   }
-  // Which of the thread's units that of its cell k is.
-  LSTM_DEVICE static int unit_of(int k) { return kMailbox ? 0 : k / 2 % 2; }
   LSTM_DEVICE static Sums sums_of_fragment(const float (&d)[kTiles][4], int i) {
     if constexpr (Pass::kSums == 4) {
       const int tile = i / 2 * 2, column = i % 2;
@@ -272,29 +246,25 @@ class PersistentChunk {
       return {{d[i / 4][i % 4]}};
     }
   }
-  LSTM_DEVICE Unit cell(int i) const {
-    if constexpr (kMailbox) {
-      // The rows of a warp are so far apart that their sums lie in different banks.
-      constexpr int kRowsOfWarp = 32 / kUnits;
-      const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-      return {lane % kUnits, thread / 32 + lane / kUnits * (kPersistentRows / kRowsOfWarp)};
-    } else {
-      return fragment_cell(i);
-    }
+  // The cell that this thread finishes. The rows of a warp are so far apart that their sums lie in different banks.
+  LSTM_DEVICE static Unit cell() {
+    constexpr int kRowsOfWarp = 32 / kUnits;
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+    return {lane % kUnits, thread / 32 + lane / kUnits * (kPersistentRows / kRowsOfWarp)};
   }
 
   // A piece of this thread's rows of tile m; `half` 1: of the row eight further down.
   LSTM_DEVICE uint4 weight_piece(int64_t piece, int m, int half) const {
-    uint4 bits = pass_.weight_piece(first_unit_, warp_row_, kWarpRows, m, half * 8 + group_, piece);
+    uint4 bits = pass_.weight_piece(first_unit_, m, half * 8 + group_, piece);
     bits.x = operand_register<D>(bits.x);
     bits.y = operand_register<D>(bits.y);
     bits.z = operand_register<D>(bits.z);
     bits.w = operand_register<D>(bits.w);
     return bits;
   }
-  // The pieces of a warp are those of its part: part 0 has the first four of each 4 * kParts.
-  LSTM_DEVICE int piece_of(int q) const { return (q * kParts + warp_part_) * 4 + member_; }
-  LSTM_DEVICE bool is_there(int q) const { return (q * kParts + warp_part_) * 4 < pieces_of_row_; }
+  // Each warp has a part of the pieces: warp 0 the first four of each 4 * kParts.
+  LSTM_DEVICE int piece_of(int q) const { return (q * kParts + warp_) * 4 + member_; }
+  LSTM_DEVICE bool is_there(int q) const { return (q * kParts + warp_) * 4 < pieces_of_row_; }
   LSTM_DEVICE uint4* extra_weights(int e, int m, int half) const {
     return reinterpret_cast<uint4*>(shared_) + (((e * 8 + warp_) * kTiles + m) * 2 + half) * 32 + threadIdx.x % 32;
   }
@@ -306,10 +276,7 @@ class PersistentChunk {
   }
 
   LSTM_DEVICE void load_weights() {
-#pragma unroll
-    for (int k = 0; k < kThreadUnits; ++k) {
-      units_[k] = pass_.unit(first_unit_ + cell(kMailbox ? 0 : 2 * k).unit);
-    }
+    unit_ = pass_.unit(first_unit_ + cell().unit);
 #pragma unroll
     for (int q = 0; q < kPieces; ++q) {
 #pragma unroll
@@ -327,54 +294,16 @@ class PersistentChunk {
     }
   }
 
-  // ---- without a mailbox: operands in shared memory, of two steps by turns
-  LSTM_DEVICE unsigned char* operand_row(int step, int row) const {
-    const int64_t pitch = operand_pitch(pass_.args.mailbox.length);
-    return shared_ + all_.extra * kShape.extra_bytes + (step % 2 * kPersistentRows + row) * pitch;
-  }
-  // Those in front of the chunk.
-  LSTM_DEVICE void load_operands() {
-    const Mailbox<D>& box = pass_.args.mailbox;
-    const ChunkOfSteps& steps = pass_.args.steps;
-    if (!box.before) return;
-    for (int64_t i = threadIdx.x; i < kPersistentRows * box.length; i += kPersistentThreads) {
-      const int row = static_cast<int>(i / box.length);
-      const int64_t b = int64_t{blockIdx.x} * kPersistentRows + row;
-      if (b >= steps.batch) break;
-      reinterpret_cast<D*>(operand_row(Pass::kBackward ? steps.end : steps.first + 1, row))[i % box.length] =
-          box.before[b * box.length + i % box.length];
-    }
-  }
-
-  // And those that the chunk's last step in the pass leaves for the next chunk.
-  LSTM_DEVICE void keep_operands(int n) const {
-    const Mailbox<D>& box = pass_.args.mailbox;
-    const int rows = place_of(pass_.args.steps, n).rows, length = static_cast<int>(box.length);
-    if (!box.slots) return;
-    for (int i = threadIdx.x; i < kPersistentRows * length; i += kPersistentThreads) {
-      const int row = i / length, b = static_cast<int>(blockIdx.x) * kPersistentRows + row;
-      if (b >= rows) break;
-      box.slots[int64_t{b} * length + i % length] = reinterpret_cast<const D*>(operand_row(n, row))[i % length];
-    }
-  }
-
   // Row b of what the step before in the pass has left, from where this thread's pieces begin.
   LSTM_DEVICE const unsigned char* row_left(int i, int left_at, int b, int rows) const {
     if (b >= rows) return nullptr;
-    const unsigned char* row;
-    if constexpr (kMailbox) {
-      const Mailbox<D>& box = pass_.args.mailbox;
-      row = reinterpret_cast<const unsigned char*>(i == 0 ? box.before : box.slots) +
-            int64_t{left_at + b} * static_cast<int>(box.length * sizeof(D));
-    } else {
-      row = operand_row(step_of(i) + 1, b % kPersistentRows);
-    }
-    return row + piece_of(0) * kPieceBytes;
+    const Mailbox<D>& box = pass_.args.mailbox;
+    return reinterpret_cast<const unsigned char*>(i == 0 ? box.before : box.slots) +
+           int64_t{left_at + b} * static_cast<int>(box.length * sizeof(D)) + piece_of(0) * kPieceBytes;
   }
 
-  // Pieces that one look at the mailbox brings, and those of them that are multiplied as soon as they are there.
-  static constexpr int kAtOnce = kMailbox ? kPieces : 2;
-  static constexpr int kGroup = kAtOnce < 8 ? kAtOnce : 8;
+  // One look at the mailbox brings all pieces; this many of them are multiplied as soon as they are there.
+  static constexpr int kGroup = kPieces < 8 ? kPieces : 8;
   // Sums of a tile. One chain of instructions that depend on each other is twice as long as two.
   static constexpr int kChains = kTiles == 1 ? 2 : 1;
   using Chains = float[kChains][kTiles][4];
@@ -384,35 +313,20 @@ class PersistentChunk {
     constexpr int kStride = kParts * 4 * kPieceBytes;
     const int count = (pieces_of_row_ - piece_of(0) + 4 * kParts - 1) / (4 * kParts);  // pieces of this thread
     Chains chains = {};
-    if constexpr (kMailbox) {
-      AwaitedPieces<kPieces> pieces(row, kStride, count);
-      if (!multiply_groups<0>(chains, pieces)) return false;
-    } else {
-      // Shared memory is read when registers are free.
-#pragma unroll
-      for (int q = 0; q < kPieces; ++q) {
-        if (!is_there(q)) break;
-        multiply_piece(chains, piece_in_shared(row, q, count), weights_[q]);
-      }
-    }
+    AwaitedPieces<kPieces> pieces(row, kStride, count);
+    if (!multiply_groups<0>(chains, pieces)) return false;
 #pragma unroll 1
     for (int e = 0; e < all_.extra; ++e) {
       const int q = kPieces + e;
       if (!is_there(q)) break;
-      uint4 piece;
-      if constexpr (kMailbox) {
-        AwaitedPieces<1> awaited(row ? row + q * kStride : nullptr, kStride, count - q);
-        if (!awaited.template wait<0, 1>(all_.control, blocks())) return false;
-        piece = awaited[0];
-      } else {
-        piece = piece_in_shared(row, q, count);
-      }
+      AwaitedPieces<1> piece(row ? row + q * kStride : nullptr, kStride, count - q);
+      if (!piece.template wait<0, 1>(all_.control, blocks())) return false;
       uint32_t weights[kTiles][2][4];
 #pragma unroll
       for (int m = 0; m < kTiles; ++m) {
         in_fragments(weights[m][0], weights[m][1], *extra_weights(e, m, 0), *extra_weights(e, m, 1));
       }
-      multiply_piece(chains, piece, weights);
+      multiply_piece(chains, piece[0], weights);
     }
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) {
@@ -435,10 +349,6 @@ class PersistentChunk {
       return multiply_groups<kFirst + kGroup>(chains, pieces);
     }
     return true;
-  }
-  LSTM_DEVICE static uint4 piece_in_shared(const unsigned char* row, int q, int count) {
-    if (!row || q >= count) return make_uint4(0, 0, 0, 0);
-    return *reinterpret_cast<const uint4*>(row + q * kParts * 4 * kPieceBytes);
   }
   LSTM_DEVICE static uint32_t blocks() { return gridDim.x * gridDim.z; }
 
@@ -466,94 +376,56 @@ class PersistentChunk {
   // All tiles of this block. False: somebody gave up.
   LSTM_DEVICE bool run_step(int i, int& turn, int& left_at) {
     StepPlace place = place_of(pass_.args.steps, step_of(i));
-    const int stride = (kMailbox ? all_.groups : static_cast<int>(gridDim.x)) * kPersistentRows;
-    const bool has_cells = static_cast<int>(threadIdx.x) < kCellThreads;
+    const int stride = all_.groups * kPersistentRows;
+    const bool has_cell = static_cast<int>(threadIdx.x) < kCellThreads;
     for (int first_row = group_row_; first_row < place.rows; first_row += stride, ++turn) {
       // Reads that happen before the operand arrives cost no time.
-      typename Pass::Cell cells[kCells] = {};
-      if (kBeginsEarly && has_cells) {
-#pragma unroll
-        for (int k = 0; k < kCells; ++k) {
-          const Unit at = cell(k);
-          cells[k] = pass_.begin_cell(pass_.step(place), units_[unit_of(k)], first_row + at.row, first_unit_ + at.unit);
-        }
-      }
+      typename Pass::Cell begun = {};
+      if (has_cell)
+        begun = pass_.begin_cell(pass_.step(place), unit_, first_row + cell().row, first_unit_ + cell().unit);
       float sums[kTiles][4] = {};
       const bool came = multiply(sums, row_left(i, left_at, first_row + group_, Pass::rows_left(place)));
-      if constexpr (kMailbox) {
-        if (!came) atomicExch(&late_[turn % 2], 1u);
+      if (!came) atomicExch(&late_[turn % 2], 1u);
 #pragma unroll
-        for (int k = 0; k < kFragmentCells; ++k)
-          sums_of_fragment(sums, k).store(partial(turn, warp_part_, fragment_cell(k)));
-        __syncthreads();  // the sums are there, and nobody reads those of the turn before
-        if (late_[turn % 2] != 0) return false;
-        if (!has_cells) continue;
-      }
-      // Addresses are computed anew: beside the weights there are no registers for them. So one cell comes after the
-      // other.
+      for (int k = 0; k < kFragmentCells; ++k) sums_of_fragment(sums, k).store(partial(turn, warp_, fragment_cell(k)));
+      __syncthreads();  // the sums are there, and nobody reads those of the turn before
+      if (late_[turn % 2] != 0) return false;
+      if (!has_cell) continue;
+      // Addresses are computed anew: beside the weights there are no registers for them.
       place.row = computed_anew(place.row);
-      auto step = pass_.step(place);
+      const Unit at = cell();
+      Sums sum = *partial(turn, 0, at);
 #pragma unroll
-      for (int k = 0; k < kCells; ++k) {
-        if constexpr (!kBeginsEarly) {  // options have more of them: anew for each cell
-          place.row = computed_anew(place.row);
-          step = pass_.step(place);
-        }
-        const Unit at = cell(k);
-        Sums sum;
-        if constexpr (kMailbox) {
-          sum = *partial(turn, 0, at);
+      for (int part = 1; part < kParts; ++part) {
+        const Sums more = *partial(turn, part, at);
 #pragma unroll
-          for (int part = 1; part < kParts; ++part) {
-            const Sums more = *partial(turn, part, at);
-#pragma unroll
-            for (int gate = 0; gate < Pass::kSums; ++gate) sum.of[gate] += more.of[gate];
-          }
-        } else {
-          sum = sums_of_fragment(sums, k);
-        }
-        D left[Pass::kSums == 4 ? 1 : 4];  // for the next step
-        if constexpr (!kBeginsEarly) {
-          cells[k] = pass_.begin_cell(step, units_[unit_of(k)], first_row + at.row, first_unit_ + at.unit);
-        }
-        const auto result = pass_.finish_cell(step, cells[k], first_row + at.row, first_unit_ + at.unit, sum.of, left);
-        hand_on(step_of(i), place, first_row, at, left);  // others wait for it
-        if constexpr (kMailbox) {
-          place.row = computed_anew(place.row);
-          pass_.write(pass_.step(place), cells[k], result, first_row + at.row, first_unit_ + at.unit);
-        } else {
-          pass_.write(step, cells[k], result, first_row + at.row, first_unit_ + at.unit);
-          computed_anew(k);
-        }
+        for (int gate = 0; gate < Pass::kSums; ++gate) sum.of[gate] += more.of[gate];
       }
-      if constexpr (!kMailbox) __syncthreads();  // operands are there
+      D left[Pass::kSums == 4 ? 1 : 4];  // for the next step
+      const int64_t b = first_row + at.row, unit = first_unit_ + at.unit;
+      const auto result = pass_.finish_cell(pass_.step(place), begun, b, unit, sum.of, left);
+      hand_on(place, static_cast<int>(b), static_cast<int>(unit), left);  // others wait for it
+      place.row = computed_anew(place.row);
+      pass_.write(pass_.step(place), begun, result, b, unit);
     }
     left_at = place.row;
     return true;
   }
 
   template <int kCount>
-  LSTM_DEVICE void hand_on(int n, const StepPlace& place, int first_row, const Unit& at,
-                           const D (&left)[kCount]) const {
+  LSTM_DEVICE void hand_on(const StepPlace& place, int b, int unit, const D (&left)[kCount]) const {
     const Mailbox<D>& box = pass_.args.mailbox;
-    const int length = static_cast<int>(box.length) / kCount, b = first_row + at.row, unit = first_unit_ + at.unit;
-    if constexpr (kMailbox) {
-      uint4 piece;
-      int gate = 0;
-      const bool writes = gather_piece(piece, gate, left);
-      const int first = unit / kNumbers * kNumbers;
-      if (!writes || b >= place.rows || first >= length) return;
-      piece.x = without_sentinel(piece.x);
-      piece.y = without_sentinel(piece.y);
-      piece.z = without_sentinel(piece.z);
-      piece.w = without_sentinel(piece.w);
-      store_relaxed_16(box.slots + int64_t{place.row + b} * (kCount * length) + (gate * length + first), piece);
-    } else {
-      if (b >= place.rows || unit >= length) return;
-      D* const row = reinterpret_cast<D*>(operand_row(n, at.row)) + unit;
-#pragma unroll
-      for (int gate = 0; gate < kCount; ++gate) row[gate * length] = operand_of_bits<D>(operand_bits(left[gate]));
-    }
+    const int length = static_cast<int>(box.length) / kCount;
+    uint4 piece;
+    int gate = 0;
+    const bool writes = gather_piece(piece, gate, left);
+    const int first = unit / kNumbers * kNumbers;
+    if (!writes || b >= place.rows || first >= length) return;
+    piece.x = without_sentinel(piece.x);
+    piece.y = without_sentinel(piece.y);
+    piece.z = without_sentinel(piece.z);
+    piece.w = without_sentinel(piece.w);
+    store_relaxed_16(box.slots + int64_t{place.row + b} * (kCount * length) + (gate * length + first), piece);
   }
 
   // Makes pieces of the numbers of neighbouring threads, which have neighbouring units. Returns whether this thread has
@@ -630,41 +502,37 @@ class PersistentChunk {
   const Pass pass_;
   unsigned char* const shared_;
   uint32_t* const late_;  // whether somebody in the block has given up, for two turns in alternation
-  const int warp_, group_, member_, warp_row_, warp_part_;
+  const int warp_, group_, member_;
   const unsigned blocks_of_group_;
   const int group_row_;  // the first row of the group's first tile
   const int first_unit_;
   const int pieces_of_row_;
   uint32_t weights_[kPieces][kTiles][2][4];
-  typename Pass::Unit units_[kThreadUnits];
+  typename Pass::Unit unit_;
 };
 
 // The kernel of a pass, and its launch.
-template <typename Pass, Exchange kExchange>
-LSTM_KERNEL LSTM_MAX_REGISTERS(kExchange == Exchange::kNone ? 255
-                               : Pass::kBackward            ? 248
-                                                            : 240)
+template <typename Pass>
+LSTM_KERNEL LSTM_MAX_REGISTERS(Pass::kBackward ? 248 : 240)
     persistent_kernel(LSTM_GRID_CONSTANT PersistentSides<typename Pass::Arguments> all) {
   LSTM_DYNAMIC_SHARED(unsigned char, shared);
   LSTM_SHARED(uint32_t, late, 2);
-  PersistentChunk<Pass, kExchange>(all, shared, late).run();
+  PersistentChunk<Pass>(all, shared, late).run();
 }
 
-template <typename Pass, Exchange kExchange>
+template <typename Pass>
 cudaError_t start_persistent(const PersistentSides<typename Pass::Arguments>& all, cudaStream_t stream) {
-  using Chunk = PersistentChunk<Pass, kExchange>;
+  using Chunk = PersistentChunk<Pass>;
   const auto& first = all.sides[0];
   const int64_t H = first.cell.hidden_size;
-  const auto ceil_div = [](int64_t a, int64_t b) { return static_cast<unsigned>((a + b - 1) / b); };
   LaunchConfig config;
-  config.grid = kExchange == Exchange::kMailbox ? dim3(ceil_div(H, Chunk::kUnits) * static_cast<unsigned>(all.groups))
-                                                : dim3(ceil_div(first.steps.batch, kPersistentRows));
+  config.grid = dim3(static_cast<unsigned>((H + Chunk::kUnits - 1) / Chunk::kUnits * all.groups));
   config.grid.z = static_cast<unsigned>(all.count);
   config.block = dim3(kPersistentThreads);
-  config.dynamic_shared = Chunk::shared_bytes(all.extra, first.mailbox.length);
+  config.dynamic_shared = Chunk::shared_bytes(all.extra);
   config.stream = stream;
-  config.cooperative = kExchange == Exchange::kMailbox;
-  return launch(persistent_kernel<Pass, kExchange>, config, all);
+  config.cooperative = true;
+  return launch(persistent_kernel<Pass>, config, all);
 }
 
 }  // namespace lstm_ext::cuda

@@ -10,7 +10,6 @@ struct PersistentForwardPass {
   using Arguments = PersistentForward<T>;
   using Operand = T;
   static constexpr bool kBackward = false;
-  static constexpr bool kHasOptions = kOptions;
   static constexpr int kSums = 4;
 
   using Cell = BegunCell;
@@ -33,10 +32,9 @@ struct PersistentForwardPass {
   LSTM_DEVICE static int rows_left(const StepPlace& place) { return place.previous_rows; }
 
   // The row `row` of a tile; two tiles are four gates of eight units, as in step_forward.cuh.
-  LSTM_DEVICE uint4 weight_piece(int64_t first_unit, int warp_row, int warp_rows, int tile, int row,
-                                 int64_t piece) const {
+  LSTM_DEVICE uint4 weight_piece(int64_t first_unit, int tile, int row, int64_t piece) const {
     const int64_t H = args.cell.hidden_size, first = piece * kPieceNumbers<T>;
-    const int64_t unit = first_unit + (warp_row + tile / 2 * warp_rows) * 8 + row % 8;
+    const int64_t unit = first_unit + tile / 2 * 8 + row % 8;
     const int gate = tile % 2 * 2 + row / 8;
     union {
       uint4 bits;

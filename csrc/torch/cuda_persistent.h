@@ -29,7 +29,7 @@ inline cuda::ChunkOfSteps chunk_of_steps(const Steps& steps, const Chunk& chunk,
 }
 
 // The device refused a launch for which the plan found room, because others use the device too. Another kernel then
-// computes the layer; where blocks wait for each other, later calls do not ask for so many of them again.
+// computes the layer, and later calls do not ask for so many blocks again.
 struct LaunchRefused : std::exception {
   const char* what() const noexcept override { return "lstm_ext: a persistent kernel was refused"; }
 };
@@ -38,7 +38,7 @@ inline void raise_if_refused(cudaError_t error, const StepwiseDevice& device, co
   TORCH_WARN_ONCE("lstm_ext: the GPU refused to start ", plan.blocks, " blocks of a persistent kernel at once (",
                   cudaGetErrorString(error), "), so that another kernel computes the layer. ",
                   "LSTM_EXT_CUDA_KERNEL=step asks for one that does not need that");
-  if (plan.exchange == cuda::Exchange::kMailbox) cuda::note_refused(device.facts, plan.blocks);
+  cuda::note_refused(device.facts, plan.blocks);
   throw LaunchRefused();
 }
 
@@ -61,16 +61,12 @@ class PersistentLaunches {
   PersistentLaunches(const cuda::Plan::Persistent& plan, const StepwiseDevice& device, const at::TensorOptions& options)
       : plan_(plan), device_(device), options_(options.dtype(at::kByte)) {}
 
-  bool has_mailbox() const { return plan_.exchange == cuda::Exchange::kMailbox; }
-  cuda::Exchange exchange() const { return plan_.exchange; }
-
   // The numbers that a row passes to the next step: `gates` rows of H, each rounded up to whole pieces.
   static int64_t length(int64_t gates, int64_t hidden_size, at::ScalarType type) {
     return gates * aligned_length(hidden_size, type);
   }
 
-  // Allocates the launch's memory, with so many bytes for each side. All its bits are set, which marks empty mailboxes;
-  // without a mailbox nobody reads them.
+  // Allocates the launch's memory, with so many bytes for each side. All its bits are set, which marks empty mailboxes.
   template <typename Pass>
   void begin(cuda::PersistentSides<Pass>& launch, const std::vector<int64_t>& bytes) {
     int64_t sum = kControlBytes;
@@ -79,7 +75,6 @@ class PersistentLaunches {
     memory_ = at::empty({sum}, options_);
     launch.groups = plan_.groups;
     launch.extra = plan_.extra;
-    if (!has_mailbox()) return;
     memory_.fill_(0xff);
     launch.control = {static_cast<uint32_t*>(memory_.mutable_data_ptr()),
                       before_.defined() ? static_cast<const uint32_t*>(before_.const_data_ptr()) : nullptr,

@@ -86,7 +86,7 @@ class StepwiseBackward : ChunkGradients {
   // Whether recurrent_part itself serves as the mailbox of a persistent kernel: its rows are whole pieces, and mailed
   // numbers are not rounded.
   bool mails_recurrent_part() const {
-    return persistent_ && persistent_->exchange == cuda::Exchange::kMailbox && gradient_type() != at::kFloat &&
+    return persistent_ && gradient_type() != at::kFloat &&
            aligned_length(sizes_.hidden_size, gradient_type()) == sizes_.hidden_size;
   }
 
@@ -224,9 +224,7 @@ class StepwiseBackward : ChunkGradients {
     const int64_t bytes = length * static_cast<int64_t>(sizeof(D));
     cuda::PersistentSides<cuda::PersistentBackward<T>> launch{};
     std::vector<int64_t> memory;
-    for (const Running& side : sides) {
-      memory.push_back((launches.has_mailbox() ? rows_of(side) : sizes_.batch) * bytes);
-    }
+    for (const Running& side : sides) memory.push_back(rows_of(side) * bytes);
     launches.begin(launch, memory);
     int64_t offset = 0;
     for (Running& side : sides) {
@@ -239,10 +237,10 @@ class StepwiseBackward : ChunkGradients {
       // The next chunk of the pass begins with the mail of this one's first step.
       const Chunk& chunk = side.chunks.back();
       const int64_t first = side.steps.rows_before(side.steps.time(chunk.first)) - side.steps.rows_before(chunk.begin);
-      side.left = args.mailbox.slots + (launches.has_mailbox() ? first : 0) * length;
+      side.left = args.mailbox.slots + first * length;
       offset += memory[launch.count++];
     }
-    const cudaError_t error = cuda::persistent_backward(launch, launches.exchange(), device_.stream);
+    const cudaError_t error = cuda::persistent_backward(launch, device_.stream);
     raise_if_refused(error, device_, *persistent_);
     check(error, "persistent_backward");
   }

@@ -263,9 +263,7 @@ class StepwiseForward : Stepwise {
     const int64_t bytes = length * static_cast<int64_t>(sizeof(T));
     cuda::PersistentSides<cuda::PersistentForward<T>> launch{};
     std::vector<int64_t> memory;
-    for (const Running& side : sides) {
-      memory.push_back((launches.has_mailbox() ? rows_of(side) : sizes_.batch) * bytes);
-    }
+    for (const Running& side : sides) memory.push_back(rows_of(side) * bytes);
     launches.begin(launch, memory);
     int64_t offset = 0;
     for (Running& side : sides) {
@@ -274,11 +272,10 @@ class StepwiseForward : Stepwise {
       args.mailbox = {launches.slots<T>(offset), static_cast<const T*>(side.left), length};
       // The next chunk begins with the mail of this one's last step.
       const int64_t last = side.steps.rows_before(side.steps.time(side.chunk->end - 1));
-      const int64_t row = launches.has_mailbox() ? last - side.steps.rows_before(side.chunk->begin) : 0;
-      side.left = args.mailbox.slots + row * length;
+      side.left = args.mailbox.slots + (last - side.steps.rows_before(side.chunk->begin)) * length;
       offset += memory[launch.count++];
     }
-    const cudaError_t error = cuda::persistent_forward(launch, launches.exchange(), device_.stream);
+    const cudaError_t error = cuda::persistent_forward(launch, device_.stream);
     raise_if_refused(error, device_, *persistent_);
     check(error, "persistent_forward");
   }

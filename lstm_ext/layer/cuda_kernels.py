@@ -317,7 +317,6 @@ def check(
     """
     kernels = loader.extension()
     kernels.set_cuda_wait_limit_of_thread(limit)
-    requests = config.TRIED_CUDA_KERNELS.get(kernel, (kernel,))
     try:
         for dtype in dtypes:
             problems = [Problem(case, dtype, device) for case in CASES]
@@ -327,14 +326,13 @@ def check(
                 else:
                     kernels.set_cuda_kernel_of_thread("stepwise")
                     expected = _by_kernels(kernels, problem)
-                for request in requests:
-                    kernels.set_cuda_kernel_of_thread(request)
-                    found = _by_kernels(kernels, problem)
-                    verdict = judge(found, expected, dtype, TF32_EPS if dtype == torch.float32 else None)
-                    if kernels.cuda_wait_expired(device.index):
-                        return None, f"{dtype}: a block waited for another one in vain for {limit} s"
-                    if not verdict.passed:
-                        return False, f"{dtype}: {verdict.name} is {verdict.error:.1e} off"
+                kernels.set_cuda_kernel_of_thread(kernel)
+                found = _by_kernels(kernels, problem)
+                verdict = judge(found, expected, dtype, TF32_EPS if dtype == torch.float32 else None)
+                if kernels.cuda_wait_expired(device.index):
+                    return None, f"{dtype}: a block waited for another one in vain for {limit} s"
+                if not verdict.passed:
+                    return False, f"{dtype}: {verdict.name} is {verdict.error:.1e} off"
             expected = _by_kernels(kernels, problems[0])
             same = torch.ones((), dtype=torch.bool, device=device)
             begin = time.monotonic()

@@ -391,11 +391,10 @@ def check_headers() -> None:
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 OLDEST_CAPABILITY = tuple(map(int, ARCHITECTURES[0].split(".")))
 # stepwise: a product and a small kernel for each step. step: one kernel for each. persistent: one for all steps of a
-# chunk, whose blocks keep the recurrent weights. independent, mailbox: the same, with blocks that never meet, or that
-# talk.
-CUDA_KERNELS = ("stepwise", "step", "persistent", "independent", "mailbox")
-# The kernels that are tried before they compute for users, and the requests that try all variants of each.
-TRIED_CUDA_KERNELS = {"step": ("step",), "persistent": ("independent", "mailbox")}
+# chunk, whose blocks keep the recurrent weights.
+CUDA_KERNELS = ("stepwise", "step", "persistent")
+# The kernels that are tried before they compute for users.
+TRIED_CUDA_KERNELS = CUDA_KERNELS[1:]
 # Included by torch's own CUDA headers; in some installations of the toolkit one or another is missing.
 _TORCH_CUDA_HEADERS = ("cuda_runtime_api.h", "cublas_v2.h", "cublasLt.h", "cusolverDn.h", "cusparse.h")
 

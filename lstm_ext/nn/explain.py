@@ -251,10 +251,9 @@ def _described(plan: dict[str, Any]) -> str:
         )
     if plan["kernel"] == "persistent":
         of = plan["persistent"]
-        return f"all time steps of a chunk are one kernel of {of['blocks']} blocks, " + (
-            f"in {of['groups']} groups that have all hidden units of their rows"
-            if of["exchange"] == "mailbox"
-            else "each with all hidden units of 8 rows"
+        return (
+            f"all time steps of a chunk are one kernel of {of['blocks']} blocks, in {of['groups']} groups that have "
+            "all hidden units of their rows"
         )
     products, kernels = plan["products"], plan["launches"] - plan["products"]
     return (

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-KERNELS = ("stepwise", "step", "independent", "mailbox")
+KERNELS = ("stepwise", "step", "persistent")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 # Of 1 + |value|: rough, since a kernel that is wrong is far off.
 BOUND = {"bfloat16": 0.05, "float16": 0.01, "float32": 5e-3, "float64": 1e-12}
@@ -168,7 +168,7 @@ Compute = Callable[..., dict[str, Tensor]]
 
 def another_kernel(device: torch.device, kernel: str, dtype: str, shape: tuple[int, int, int]) -> str:
     """Why another kernel would compute this, in one of the passes; else nothing."""
-    if device.type == "cpu" or kernel not in ("independent", "mailbox"):
+    if device.type == "cpu" or kernel != "persistent":
         return ""
     from lstm_ext.native import loader
 
@@ -296,8 +296,6 @@ def main() -> int:
     device = torch.device(options.device)
     on_gpu = device.type == "cuda"
     shapes = SHAPES if on_gpu else SHAPES[:1]
-    if options.kernel == "independent":  # a block has all units
-        shapes = ((3, 9, 40), (3, 70, 96))[: len(shapes)]
     report: dict[str, Any] = {"kernel": options.kernel, "dtype": options.dtype, "wrong": [], "not_run": []}
 
     def by(kernel: str) -> Compute:

@@ -19,7 +19,6 @@ import lstm_ext
 from lstm_ext.layer import cuda_kernels
 from lstm_ext.native import loader
 
-KERNELS = ("independent", "mailbox")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BOUND = {torch.float32: 5e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 BOTH, THREE = (("bidirectional", True),), (("num_layers", 3),)
@@ -66,7 +65,7 @@ def plan(run: Run, shape: Shape, dtype: torch.dtype, name: str, backward: bool =
 
 
 def shapes_around_the_edges() -> list[Shape]:
-    """Of a piece, a tile of rows, a block, and what one block can do alone."""
+    """Of a piece, a tile of rows, and a block."""
     found = [Shape(3, b, 5, h) for h in (1, 2, 8, 15, 16, 17, 32, 33, 64, 127, 128, 129, 300) for b in (1, 9)]
     found += [Shape(3, b, 5, 40) for b in (2, 7, 8, 16, 17, 65, 200)]
     found += [Shape(2, 3, 4, 20), Shape(9, 5, 64, 1024), Shape(6, 4, 9, 96, THREE), Shape(5, 3, 7, 300, BOTH)]
@@ -82,7 +81,7 @@ def shapes_around_the_edges() -> list[Shape]:
 @check
 def persistent_kernels_agree_with_stepwise(run: Run) -> dict[str, Any]:
     """Values and gradients. Bounds are rough; the suite has the exact ones."""
-    exchanges: Counter[str] = Counter()
+    kernels: Counter[str] = Counter()
     worst: dict[str, float] = {}
     shapes = shapes_around_the_edges()
     for dtype in DTYPES:
@@ -90,39 +89,34 @@ def persistent_kernels_agree_with_stepwise(run: Run) -> dict[str, Any]:
             problem = Problem(shape, dtype, run.device)
             with kernel("stepwise"):
                 expected = problem.training()
-            for name in KERNELS:
-                for backward in (False, True):
-                    found = plan(run, shape, dtype, name, backward)
-                    is_it = found["kernel"] == "persistent"
-                    exchanges[found["persistent"]["exchange"] if is_it else "replaced"] += 1
-                with kernel(name):
-                    results = problem.training()
-                    inference = problem.inference()
-                errors = [relative_error(a, b) for a, b in zip(results, expected, strict=True)]
-                errors += [relative_error(a, b) for a, b in zip(inference, expected, strict=False)]
-                assert max(errors) < BOUND[dtype], (
-                    f"{name}, {shape}, {dtype}: errors {[f'{e:.1e}' for e in errors]}"
-                )
-                worst[str(dtype)] = max(worst.get(str(dtype), 0.0), *errors)
-    assert exchanges["none"] and exchanges["mailbox"], exchanges
-    return {"worst_errors": worst, "exchanges": dict(exchanges)}
+            for backward in (False, True):
+                kernels[plan(run, shape, dtype, "persistent", backward)["kernel"]] += 1
+            with kernel("persistent"):
+                results = problem.training()
+                inference = problem.inference()
+            errors = [relative_error(a, b) for a, b in zip(results, expected, strict=True)]
+            errors += [relative_error(a, b) for a, b in zip(inference, expected, strict=False)]
+            assert max(errors) < BOUND[dtype], f"{shape}, {dtype}: errors {[f'{e:.1e}' for e in errors]}"
+            worst[str(dtype)] = max(worst.get(str(dtype), 0.0), *errors)
+    assert kernels["persistent"], kernels
+    return {"worst_errors": worst, "kernels": dict(kernels)}
 
 
 @check
 def persistent_kernels_give_the_same_bits(run: Run) -> dict[str, Any]:
     """10,000 times, or as often as there is time for."""
     cases = (
-        ("mailbox", Shape(12, 16, 32, 96), torch.bfloat16),
-        ("mailbox", Shape(6, 64, 64, 512), torch.float32),
-        ("independent", Shape(12, 40, 16, 32), torch.float16),
+        (Shape(12, 16, 32, 96), torch.bfloat16),
+        (Shape(6, 64, 64, 512), torch.float32),
+        (Shape(12, 40, 16, 32), torch.float16),
     )
     seconds = (0.6 if run.quick else SECONDS) / len(cases)
     repeats = {}
-    for name, shape, dtype in cases:
+    for shape, dtype in cases:
         problem = Problem(shape, dtype, run.device)
-        with kernel(name):
+        with kernel("persistent"):
             first = problem.training()
-            assert all(torch.isfinite(t).all() for t in first), f"{name}, {shape}, {dtype}: not finite"
+            assert all(torch.isfinite(t).all() for t in first), f"{shape}, {dtype}: not finite"
             same = torch.ones((), dtype=torch.bool, device=run.device)
             done, deadline = 0, time.monotonic() + seconds
             while done < REPEATS and (done < 2 or time.monotonic() < deadline):
@@ -131,8 +125,8 @@ def persistent_kernels_give_the_same_bits(run: Run) -> dict[str, Any]:
                 done += 1
                 if done % 50 == 0:
                     run.synchronize()  # or the time would be that of the launches
-            assert same.item(), f"{name}, {shape}, {dtype}: not the same bits in {done} repeats"
-        repeats[f"{name}, {shape}, {dtype}"] = done
+            assert same.item(), f"{shape}, {dtype}: not the same bits in {done} repeats"
+        repeats[f"{shape}, {dtype}"] = done
     return {"repeats": repeats}
 
 
@@ -147,7 +141,7 @@ def persistent_kernels_on_two_streams(run: Run) -> dict[str, Any]:
             Problem(Shape(40, 16, 64, hidden), torch.bfloat16, run.device, seed)
             for seed, hidden in enumerate(sizes)
         ]
-        with kernel("mailbox"):
+        with kernel("persistent"):
             alone = [p.training() for p in problems]
             streams = [torch.cuda.Stream() for _ in problems]
             for i in range(run.count(50)):
@@ -171,7 +165,7 @@ def persistent_kernels_beside_large_products(run: Run) -> None:
     a = torch.ones(size, size, dtype=torch.bfloat16, device=run.device)
     out = torch.empty_like(a)
     busy = torch.cuda.Stream(priority=-1)
-    with kernel("mailbox"):
+    with kernel("persistent"):
         alone = problem.training()
         torch.cuda.synchronize()
         for i in range(run.count(20)):
@@ -184,14 +178,13 @@ def persistent_kernels_beside_large_products(run: Run) -> None:
 
 @gpu_check
 def persistent_kernels_in_graphs(run: Run) -> None:
-    for name in KERNELS:
-        for shape in (Shape(20, 16, 24, 96), Shape(9, 6, 9, 32, BOTH, packed=True)):
-            for dtype in (torch.bfloat16, torch.float32):
-                problem = Problem(shape, dtype, run.device)
-                with kernel(name):
-                    for compute in (problem.inference, problem.training):
-                        replayed(run, problem, compute, f"{compute.__name__}, {name}, {shape}, {dtype}")
-                    cuda_kernels.check_waits(run.device)  # a replay does not look itself
+    for shape in (Shape(20, 16, 24, 96), Shape(9, 6, 9, 32, BOTH, packed=True)):
+        for dtype in (torch.bfloat16, torch.float32):
+            problem = Problem(shape, dtype, run.device)
+            with kernel("persistent"):
+                for compute in (problem.inference, problem.training):
+                    replayed(run, problem, compute, f"{compute.__name__}, {shape}, {dtype}")
+                cuda_kernels.check_waits(run.device)  # a replay does not look itself
 
 
 # ---- blocks that come late
@@ -201,7 +194,7 @@ def whole_device(run: Run, multiprocessors: int) -> Shape | None:
     """A layer whose blocks need every multiprocessor, if there is one."""
     for groups in (g for g in range(1, 9) if multiprocessors % g == 0):
         shape = Shape(4, 8 * groups, 8, 16 * (multiprocessors // groups))
-        found = plan(run, shape, torch.bfloat16, "mailbox")
+        found = plan(run, shape, torch.bfloat16, "persistent")
         if found["kernel"] == "persistent" and found["persistent"]["blocks"] == multiprocessors:
             return shape
     return None
@@ -247,7 +240,7 @@ def held_up(run: Run, shape: Shape, seconds: float, milliseconds: int) -> bool:
         output, states = layer(x)
         return [output, *states]
 
-    with kernel("mailbox"):
+    with kernel("persistent"):
         expected = compute()
         run.synchronize()
         on_gpu = run.device.type == "cuda"
@@ -281,8 +274,7 @@ def blocks_that_come_late_are_waited_for(run: Run) -> None:
 
 
 def sanitized(run: Run) -> None:
-    for name in KERNELS:
-        for shape in (Shape(4, 9, 5, 24), Shape(3, 5, 5, 72, BOTH), Shape(6, 5, 9, 24, per_call=True)):
-            for dtype in DTYPES:
-                with kernel(name):
-                    Problem(shape, dtype, run.device).training()
+    for shape in (Shape(4, 9, 5, 24), Shape(3, 5, 5, 72, BOTH), Shape(6, 5, 9, 24, per_call=True)):
+        for dtype in DTYPES:
+            with kernel("persistent"):
+                Problem(shape, dtype, run.device).training()

@@ -71,7 +71,7 @@ def test_what_the_check_of_waits_does_without_a_gpu() -> None:
     run = cuda_checks.Run(torch.device("cpu"), quick=True)
     shape = cuda_persistent_checks.whole_device(run, 108)
     assert shape is not None
-    plan = cuda_persistent_checks.plan(run, shape, torch.bfloat16, "mailbox")
+    plan = cuda_persistent_checks.plan(run, shape, torch.bfloat16, "persistent")
     assert plan["persistent"]["blocks"] == 108
     assert not cuda_persistent_checks.held_up(run, cuda_checks.Shape(4, 3, 8, 16), 1e-3, 1)
 

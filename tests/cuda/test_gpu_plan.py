@@ -52,7 +52,7 @@ def drawn(rng: random.Random) -> dict[str, Any]:
         "backward": rng.random() < 0.5,
         "packed": rng.random() < 0.2,
         "options": rng.random() < 0.2,
-        "kernel": rng.choice(("auto", "auto", "step", "stepwise", "persistent", "independent", "mailbox")),
+        "kernel": rng.choice(("auto", "auto", "step", "stepwise", "persistent")),
         "step_outcome": rng.choice((None, True, False)),
         "persistent_outcome": rng.choice((None, True, False)),
     }
@@ -91,7 +91,6 @@ def check(device: dict[str, Any], layer: dict[str, Any], compiled: set[int]) -> 
         return
     assert not plan["problem"] and plan["reasons"]
     of, wanted = plan["persistent"], layer["kernel"]
-    wanted = "persistent" if wanted in ("independent", "mailbox") else wanted
     fits = {"persistent": not of["problem"], "step": not plan["step_problem"]}
     assert eligible or not any(fits.values())
     if wanted == "auto":
@@ -118,17 +117,11 @@ def check(device: dict[str, Any], layer: dict[str, Any], compiled: set[int]) -> 
 def check_persistent(device: dict[str, Any], layer: dict[str, Any], of: dict[str, Any]) -> None:
     """All blocks that wait for each other are there at once, and all weights have a place."""
     size = 4 if layer["dtype"] == "float32" or (layer["dtype"] == "float16" and layer["backward"]) else 2
-    numbers, mailbox = 16 // size, of["exchange"] == "mailbox"
-    tiles = -(-layer["batch"] // 8)
-    if mailbox:
-        units = 8 if size == 4 and not layer["backward"] else 16
-        of_group = -(-layer["hidden_size"] // units) * layer["directions"]
-        assert of["blocks"] == of_group * of["groups"] <= device["multiprocessors"]
-        assert 1 <= of["groups"] <= tiles
-    else:
-        units = 128
-        assert layer["hidden_size"] <= units and of["groups"] == tiles
-        assert of["blocks"] == tiles * layer["directions"]
+    numbers = 16 // size
+    units = 8 if size == 4 and not layer["backward"] else 16
+    of_group = -(-layer["hidden_size"] // units) * layer["directions"]
+    assert of["blocks"] == of_group * of["groups"] <= device["multiprocessors"]
+    assert 1 <= of["groups"] <= -(-layer["batch"] // 8)
     # 128 registers of a thread, and the extra pieces, hold the rows of U of the units.
     rows = units * (1 if layer["backward"] else 4)
     depth = -(-layer["hidden_size"] // numbers) * numbers * (4 if layer["backward"] else 1)
@@ -159,8 +152,8 @@ def test_the_kernel_is_chosen_only_where_it_has_been_right() -> None:
         )
     projected = _C.cuda_plan(device=DEVICES["H100"], **layer, projected=True, measured="step")
     assert projected["kernel"] == "stepwise"  # it has no such layer
-    with pytest.raises(ValueError, match="cuda_plan: expected stepwise, step or persistent, got mailbox"):
-        _C.cuda_plan(device=DEVICES["H100"], **layer, measured="mailbox")
+    with pytest.raises(ValueError, match="cuda_plan: expected stepwise, step or persistent, got fast"):
+        _C.cuda_plan(device=DEVICES["H100"], **layer, measured="fast")
     both = _C.cuda_plan(device=DEVICES["H100"], **layer, step_outcome=True, persistent_outcome=True)
     assert both["kernel"] == "persistent" and both["launches"] == both["products"] == 0
 
@@ -239,8 +232,7 @@ def test_blocks_do_not_wait_for_each_other_on_a_shared_device() -> None:
     device = {**DEVICES["H100"], "shared": True}
     plan = _C.cuda_plan(device=device, **layer, kernel="persistent")
     assert "shared with other programs" in plan["persistent"]["problem"]
-    small = _C.cuda_plan(device=device, **{**layer, "hidden_size": 128}, kernel="persistent")
-    assert (small["kernel"], small["persistent"]["exchange"]) == ("persistent", "none")
+    assert plan["kernel"] == "step"
 
 
 def test_fewer_blocks_than_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +241,7 @@ def test_fewer_blocks_than_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> N
     variable = "LSTM_EXT_CUDA_FREE_MULTIPROCESSORS"
 
     def blocks(**also: Any) -> int:
-        plan = _C.cuda_plan(device={**DEVICES["H100"], **also}, **layer, kernel="mailbox")
+        plan = _C.cuda_plan(device={**DEVICES["H100"], **also}, **layer, kernel="persistent")
         return plan["persistent"]["blocks"] if plan["kernel"] == "persistent" else 0
 
     assert [blocks(), blocks(most_blocks=127), blocks(most_blocks=31)] == [128, 96, 0]
@@ -259,28 +251,6 @@ def test_fewer_blocks_than_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> N
     for wrong in ("101x", "x", "-101", "10001", str(2**64 + 101)):  # a call on a GPU raises
         monkeypatch.setenv(variable, wrong)
         assert blocks() == 128
-
-
-@pytest.mark.parametrize(
-    ("hidden_size", "directions", "batch", "exchange"),
-    [
-        (32, 1, 1, "none"),
-        (64, 1, 256, "mailbox"),  # 33 groups of 4 blocks: each takes one tile of rows
-        (64, 1, 512, "none"),
-        (64, 2, 1, "none"),
-        (128, 1, 256, "mailbox"),  # 16 groups of 8 blocks: each takes two
-        (128, 1, 512, "none"),
-        (128, 2, 64, "mailbox"),
-        (128, 2, 128, "none"),
-        (129, 1, 4096, "mailbox"),  # no block has room for all units
-    ],
-)
-def test_blocks_exchange_where_that_suits_the_sizes(
-    hidden_size: int, directions: int, batch: int, exchange: str
-) -> None:
-    layer = {"steps": 9, "batch": batch, "input_size": 8, "hidden_size": hidden_size, "dtype": "bfloat16"}
-    plan = _C.cuda_plan(device=DEVICES["H100"], **layer, directions=directions, kernel="persistent")
-    assert (plan["kernel"], plan["persistent"]["exchange"]) == ("persistent", exchange)
 
 
 def test_more_rows_than_a_grid_has() -> None:
@@ -301,10 +271,7 @@ def test_older_cards_are_refused() -> None:
     ("change", "said"),
     [
         ({"dtype": "int8"}, "dtype: expected float64, float32, float16 or bfloat16, got int8"),
-        (
-            {"kernel": "fast"},
-            "kernel: expected auto, stepwise, step, persistent, independent or mailbox, got fast",
-        ),
+        ({"kernel": "fast"}, "kernel: expected auto, stepwise, step or persistent, got fast"),
         ({"batch": 0}, "expected sizes and directions of at least 1, got 0"),
     ],
 )

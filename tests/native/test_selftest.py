@@ -254,7 +254,7 @@ def test_cuda_kernels() -> None:
         ),
         ("stepwise", "LSTM_EXT_CUDA_KERNEL=stepwise"),
         ("step", "LSTM_EXT_CUDA_KERNEL=step"),
-        ("mailbox", "LSTM_EXT_CUDA_KERNEL=mailbox"),
+        ("persistent", "LSTM_EXT_CUDA_KERNEL=persistent"),
     ],
 )
 def test_kernel_in_use(monkeypatch: pytest.MonkeyPatch, value: str | None, reason: str) -> None:

@@ -149,8 +149,7 @@ STEP_CASES = {
 BIG = ("several tiles of everything", "many rows, packed", "a long state")
 
 
-# Of the kernel that does all steps of a chunk, without an exchange and with one. Its tiles have 8 rows and 8, 16 or 128
-# units, and its pieces 8 or 4 numbers.
+# Of the kernel that does all steps of a chunk. Its tiles have 8 rows and 8 or 16 units, and its pieces 8 or 4 numbers.
 CHUNK_CASES = {name: case for name, case in STEP_CASES.items() if max(case.packed or (case.steps,)) > 1} | {
     "packed, more steps than a table": Case(
         packed=(300, 257, 1), hidden_size=2, input_size=1, bidirectional=True
@@ -184,8 +183,7 @@ LARGE_CASES = {
 CASES_OF = {
     "stepwise": CASES,
     "step": NAN_CASES | STEP_CASES,
-    "independent": NAN_CASES | CHUNK_CASES,
-    "mailbox": NAN_CASES | CHUNK_CASES,
+    "persistent": NAN_CASES | CHUNK_CASES,
     "dependent": DEPENDENT_CASES,
     "large": LARGE_CASES,
     LOST: LOST_CASES,
@@ -214,7 +212,7 @@ def with_a_lost_piece(case: Case, dtype: torch.dtype, backward: bool) -> str:
     grads = [*(g.to(dtype) for g in layer.grads), None, None]
     needs_grad = [True] * (3 + len(weights)) + [False] * 2
     with emulated_device(
-        dtype == torch.float32, case.chunk_bytes, "mailbox", wait_limit=WAIT_LIMIT
+        dtype == torch.float32, case.chunk_bytes, "persistent", wait_limit=WAIT_LIMIT
     ) as module:
         *results, saved = module.lstm_layer_forward(*call, True)
 
@@ -318,7 +316,7 @@ def run_job(
                 if kernel == "dependent":
                     device |= {"kernel": "step", "dependent": True}
                 if kernel == "large":
-                    device["kernel"] = "mailbox"
+                    device["kernel"] = "persistent"
                 try:
                     if kernel == LOST:
                         wrong = with_a_lost_piece(LOST_CASES[name], dtype, name.startswith("backward"))

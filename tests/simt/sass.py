@@ -187,19 +187,17 @@ EXPECTATIONS = (
     Expectation(
         "persistent_kernel<*>", (*EXPONENTIAL, r"MUFU\.RCP.*"), (*DOUBLE, *TANH_OF_11_BITS), in_loop=True
     ),
-    Expectation("persistent_kernel<*, (Exchange)1>", present=STRONG_16, in_loop=True),
-    Expectation("persistent_kernel<*, (Exchange)0>", absent=STRONG_16, in_loop=True),
+    Expectation("persistent_kernel<*>", present=STRONG_16, in_loop=True),
     # Two instructions for each piece of each tile, of those in registers and of those in shared memory.
     *(
         Expectation(f"persistent_kernel<Persistent{kernels}", counts=((opcode, count),), in_loop=True)
         for kernels, opcode, count in (
-            ("ForwardPass<__nv_bfloat16, *>, *>", MMA_BF16[0], 32 + 8),
-            ("ForwardPass<__half, *>, *>", r"HMMA\.16816\.F32", 32 + 8),
-            ("ForwardPass<float, *>, (Exchange)0>", MMA_TF32[0], 32 + 8),
-            ("ForwardPass<float, *>, (Exchange)1>", MMA_TF32[0], 32 + 4),
-            ("BackwardPass<__nv_bfloat16, *>, *>", MMA_BF16[0], 32 + 2),
-            ("BackwardPass<__half, *>, *>", MMA_TF32[0], 32 + 2),
-            ("BackwardPass<float, *>, *>", MMA_TF32[0], 32 + 2),
+            ("ForwardPass<__nv_bfloat16, *", MMA_BF16[0], 32 + 8),
+            ("ForwardPass<__half, *", r"HMMA\.16816\.F32", 32 + 8),
+            ("ForwardPass<float, *", MMA_TF32[0], 32 + 4),
+            ("BackwardPass<__nv_bfloat16, *", MMA_BF16[0], 32 + 2),
+            ("BackwardPass<__half, *", MMA_TF32[0], 32 + 2),
+            ("BackwardPass<float, *", MMA_TF32[0], 32 + 2),
         )
     ),
     # A warp sums by shuffles, the warps of a block meet in shared memory.

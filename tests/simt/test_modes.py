@@ -61,7 +61,7 @@ def problems_in(
 KERNELS = {
     "stepwise": ("stepwise",),
     "step": ("step", "dependent"),
-    "persistent": ("mailbox", LOST, "independent"),
+    "persistent": ("persistent", LOST),
 }
 SOME = [
     ("random", "stepwise", 1),
@@ -91,7 +91,7 @@ def test_the_same_bits_of_all_types(mode: str, kernels: str) -> None:
 @pytest.mark.parametrize("types", [QUICK, pytest.param(TYPES[1:3], marks=pytest.mark.full)])
 def test_truncated_sums(types: tuple[str, ...]) -> None:
     """As exact, but for a rounding."""
-    assert not problems_in(MODES["truncated"], ("step", "independent", "mailbox"), types, tolerance=1)
+    assert not problems_in(MODES["truncated"], ("step", "persistent"), types, tolerance=1)
 
 
 def late_block_driver(folder: Path | None = None) -> Path:
@@ -230,11 +230,7 @@ PLANTED = {
     ),
     "no barrier before the sums are read": Fault(
         "persistent", CHUNK,
-        "        __syncthreads();  // the sums", "        // the sums", "random",
-    ),
-    "no barrier before operands are read": Fault(
-        "independent", CHUNK,
-        "      if constexpr (!kMailbox) __syncthreads();  // operands", "      // operands", "random",
+        "      __syncthreads();  // the sums", "      // the sums", "random",
     ),
     "the step before the one that is needed": Fault(
         "persistent", CHUNK,
@@ -256,16 +252,13 @@ PLANTED = {
     ),
     "a lost store": Fault(
         "persistent", CHUNK,
-        "place.rows || first >= length) return;", "place.rows || n == 1 || first >= length) return;", "late",
+        "place.rows || first >= length) return;", "place.rows || place.time == 1 || first >= length) return;", "late",
     ),
     "a store of a row that is not there": Fault(
         "persistent", CHUNK, "!writes || b >= place.rows ||", "!writes ||", "late",
     ),
     "own slots in place of those of the chunk before": Fault(
         "persistent", CHUNK, "i == 0 ? box.before : box.slots", "box.slots", "late",
-    ),
-    "operands in front of the chunk in the other half": Fault(
-        "independent", CHUNK, "steps.end : steps.first + 1", "steps.end + 1 : steps.first", "late",
     ),
     "k in another order": Fault(
         "persistent", CHUNK,
@@ -326,10 +319,9 @@ PLANTED = {
 # The family of kernels that is compiled with the fault, and what is run, where the names are others.
 OTHERS = {
     "dependent": ("step", ["dependent"]),
-    "independent": ("persistent", ["independent"]),
     "large": ("persistent", ["large"]),
     "lost": ("persistent", [LOST]),
-    "host": ("host", ["mailbox"]),
+    "host": ("host", ["persistent"]),
 }
 
 
@@ -365,7 +357,7 @@ def test_a_nan_of_all_bits_is_handed_on(tmp_path: Path) -> None:
     wrong = "return widen(value) != widen(value) ? 0xffffu : reinterpret_cast<const uint16_t&>(value);"
     copy = with_mistake(Fault("persistent", CHUNK, right, wrong, "late"), tmp_path)
     module = module_path("plain", QUICK, {"persistent": copy})
-    cases, same = cases_of(["mailbox"]), expected(QUICK)
+    cases, same = cases_of(["persistent"]), expected(QUICK)
     assert in_mode(module, [LATE], cases=cases, types=QUICK, expected=same)[0] == []
 
 

@@ -59,9 +59,8 @@ REGISTERS = {
     "sum_of_rows_*": 56,
     "step_forward_*": 192,
     "step_backward_*": 255,
-    "persistent_kernel<PersistentForward*(Exchange)1>": 240,
-    "persistent_kernel<PersistentBackward*(Exchange)1>": 248,
-    "persistent_kernel<*": 255,
+    "persistent_kernel<PersistentForward*": 240,
+    "persistent_kernel<PersistentBackward*": 248,
 }
 
 
@@ -76,9 +75,9 @@ def test_registers(unit: nvcc.Unit, compilations: nvcc.Compilations) -> None:
 
 
 # Of persistent kernels, with options and without: the most instructions of the loop over the steps, which is the time
-# that nothing hides; and of those whose blocks wait for each other, of the turn, which is what others wait for.
-LOOP = {"*true>, (Exchange)1>": 1700, "*(Exchange)1>": 1500, "*true>, *": 3500, "*": 2600}
-TURN = {"*true>, (Exchange)1>": 300, "*(Exchange)1>": 175, "*": 0}
+# that nothing hides; and of the turn, which is what other blocks wait for.
+LOOP = {"*true>*": 1700, "*": 1500}
+TURN = {"*true>*": 300, "*": 175}
 # The most products that follow from each other: half of those of a sum.
 CHAIN = {"*Backward*": 17, "*Forward*": 18}
 
@@ -90,7 +89,7 @@ CHAIN = {"*Backward*": 17, "*Forward*": 18}
 def test_turns_are_short(unit: nvcc.Unit, compilations: nvcc.Compilations) -> None:
     for name, code in sass.opcodes(compilations[unit].path).items():
         assert 0 < len(code.longest_loop()) <= limit_of(name, LOOP), name
-        assert code.turn() <= limit_of(name, TURN) and (code.turn() > 0) == ("(Exchange)1" in name), name
+        assert 0 < code.turn() <= limit_of(name, TURN), name
         assert 0 < code.chain() <= limit_of(name, CHAIN), name
 
 
@@ -118,11 +117,10 @@ def test_the_last_block_sees_who_gave_up(unit: nvcc.Unit, compilations: nvcc.Com
     of the count before it looks, or it might have looked before."""
     looks = (r"ATOMG.*|ATOM\..*", r"MEMBAR.*", r"LDG\.E\.STRONG\.GPU")
     for name, code in sass.opcodes(compilations[unit].path).items():
-        if "(Exchange)1" in name:
-            leaves = list(code)[code.index(next(o for o in code if o.startswith("ST.E.STRONG.SYS"))) :]
-            assert opcodes_in_order(leaves, r"MEMBAR\..*SYS.*", *looks), name
-            between = leaves[: next(n for n, o in enumerate(leaves) if o.startswith("LDG.E.STRONG.GPU"))]
-            assert opcodes_in_order(between, *looks[:2]), name
+        leaves = list(code)[code.index(next(o for o in code if o.startswith("ST.E.STRONG.SYS"))) :]
+        assert opcodes_in_order(leaves, r"MEMBAR\..*SYS.*", *looks), name
+        between = leaves[: next(n for n, o in enumerate(leaves) if o.startswith("LDG.E.STRONG.GPU"))]
+        assert opcodes_in_order(between, *looks[:2]), name
     assert opcodes_in_order(["A", "B", "C"], "A", "C") and not opcodes_in_order(["A", "B", "C"], "C", "A")
 
 

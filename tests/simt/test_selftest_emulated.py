@@ -55,7 +55,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> d
 def checks() -> list[Any]:
     """Those that selftest.cuda_checks makes of each kernel."""
     found = []
-    for kernel in ("stepwise", "step", "independent", "mailbox"):
+    for kernel in ("stepwise", "step", "persistent"):
         for dtype in selftest.DTYPES:
             if kernel == "stepwise" or dtype in (torch.float16, torch.bfloat16):
                 found.append(pytest.param(dtype, {"kernel": kernel}, id=f"{dtype}-{kernel}"))

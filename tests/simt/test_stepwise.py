@@ -86,9 +86,7 @@ def test_one_product_of_both_directions(name, dtype):
     check(case, dtype, 20 if dtype in LOW else 6, ours=drawn, equations=True)
 
 
-AT_ONCE = [("step", name) for name in STEP_CASES] + [
-    (kernel, name) for kernel in ("independent", "mailbox") for name in CHUNK_CASES
-]
+AT_ONCE = [("step", name) for name in STEP_CASES] + [("persistent", name) for name in CHUNK_CASES]
 
 
 def at_once(*dtypes: torch.dtype) -> list[Any]:
@@ -120,8 +118,8 @@ def test_steps_at_once_in_tf32(kernel, name, dtype):
 @pytest.mark.full
 def test_weights_that_have_no_room_in_registers():
     (case,) = LARGE_CASES.values()
-    mailbox = functools.partial(fused, kernel="mailbox")
-    check(dataclasses.replace(case, wide_weights=True), torch.bfloat16, 1, ours=mailbox, equations=True)
+    ours = functools.partial(fused, kernel="persistent")
+    check(dataclasses.replace(case, wide_weights=True), torch.bfloat16, 1, ours=ours, equations=True)
 
 
 def test_launches_of_a_step():
@@ -162,16 +160,15 @@ def test_launches_of_a_step():
             assert (eleven[0] - ten[0], eleven[1] - ten[1]) == (1, 1)
             ten, eleven = (launches(steps, "step", backward, both) for steps in (10, 11))
             assert (eleven[0] - ten[0], eleven[1] - ten[1]) == (1, 0)
-            for kernel in ("independent", "mailbox"):
-                ten, eleven = (launches(steps, kernel, backward, both) for steps in (10, 11))
-                assert ten == eleven and ten[0] == 1 + (4 if both else 2) * backward
+            ten, eleven = (launches(steps, "persistent", backward, both) for steps in (10, 11))
+            assert ten == eleven and ten[0] == 1 + (4 if both else 2) * backward
     for both in (False, True):
         for resets in ("", "to zeros", "to a state"):
             assert launches(1, "step", False, both, resets) == (1, 0)
     # A chunk of a persistent kernel has 256 steps, or what has room in four times its bytes: a row has 16 H of them.
     row = 16 * 16 * Case().batch
     for chunk, steps in ((64 * row, 256), (10 * row, 40)):
-        counts = [launches(n, "independent", False, chunk=chunk)[0] for n in (steps, steps + 1)]
+        counts = [launches(n, "persistent", False, chunk=chunk)[0] for n in (steps, steps + 1)]
         assert counts == [1, 2]
 
 
@@ -203,10 +200,10 @@ def test_a_refused_launch_is_replaced():
         # Warned of once a process, which perhaps has been done.
         module.launches()
         module.refused()
-        found = fused(case, torch.bfloat16, 0, "mailbox")
+        found = fused(case, torch.bfloat16, 0, "persistent")
         assert module.launches()[0] > 3 * case.steps and module.refused() > 0
         # Later calls know.
-        again = fused(case, torch.bfloat16, 0, "mailbox")
+        again = fused(case, torch.bfloat16, 0, "persistent")
         assert module.refused() == 0
         assert all(torch.equal(again[name], expected[name]) for name in expected)
     finally:

@@ -161,7 +161,7 @@ FAULTS: dict[str, Fault] = {
         "return (hidden_size + kStepUnits - 1) / kStepUnits;", "return hidden_size / kStepUnits;", EMULATED
     ),
     "cuda/persistent.h": Fault("kSentinel = 0xffffffffu", "kSentinel = 0xfffffffeu", EMULATED),
-    "cuda/persistent_backward.cuh": Fault("(warp_row + tile * warp_rows) * 16", "(warp_row + tile) * 15", EMULATED),
+    "cuda/persistent_backward.cuh": Fault("tile * 16 + row;", "tile * 16 + row % 8;", EMULATED),
     "cuda/persistent_bf16.cu": Fault("LSTM_EXT_PERSISTENT(__nv_bfloat16)", "LSTM_EXT_PERSISTENT(float)", EMULATED),
     "cuda/persistent_chunk.cuh": Fault("n > 0 ? c.batch : 0", "c.batch", EMULATED),
     "cuda/persistent_f16.cu": Fault("LSTM_EXT_PERSISTENT(__half)", "LSTM_EXT_PERSISTENT(float)", EMULATED),
