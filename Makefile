@@ -92,7 +92,7 @@ test: build $(TESTING)
 check: build $(TESTING)
 	$(PYTEST) tests/matrix tests/layer/test_routes.py tests/nn/test_construction.py $(ARGS)
 
-# What checks the tools: the emulator, planted mistakes, builds, examples, benchmarks; and what takes long: the CUDA
+# What checks the tools: the emulator, builds, examples, benchmarks; and what takes long: the CUDA
 # kernels on the emulator, exports, several processes. .ci/run runs it as well. mypy is one of the linters.
 test-tools: build $(TESTING) $(LINTERS)
 	$(PYTEST) -m 'tools and not full' $(ARGS)
@@ -101,7 +101,7 @@ test-tools: build $(TESTING) $(LINTERS)
 test-full: build $(TESTING)
 	$(PYTEST) -m '' $(ARGS)
 
-# One wrong line in each kernel file, one after the other: do the tests of its part see it? An hour.
+# One wrong line after the other, at least one in each kernel file: do the tests of its part see it? Two hours.
 planted: build $(TESTING)
 	$(PY) tests/tools/planted.py $(ARGS)
 

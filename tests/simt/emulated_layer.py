@@ -31,19 +31,14 @@ TYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f6
 
 
 def module_path(
-    mode: str = "plain", types: Sequence[str] = tuple(TYPES), copies: Mapping[str, Path] | None = None
+    mode: str = "plain", types: Sequence[str] = tuple(TYPES), folders: Sequence[Path] = ()
 ) -> Path:
-    """`copies` are folders that stand for csrc/: of a family of kernels, or of the "host"."""
-    copies = copies or {}
-    kernels = []
-    for family in FAMILIES:
-        csrc = copies.get(family, ROOT / "csrc")
-        paths = [csrc / "cuda" / f"{family}_{type}.cu" for type in types]
-        kernels.append(Sources([p for p in paths if p.exists()], flags_of(mode), [csrc]))
-    host = [copies["host"]] if "host" in copies else []
-    return compile_module(
-        NAME, Sources([HERE / "stepwise_module.cpp", HERE / "stepwise_host.cpp"], [], host), kernels, mode
-    )
+    """`folders` have headers of kernels that stand for those of csrc/."""
+    csrc = ROOT / "csrc" / "cuda"
+    paths = [csrc / f"{family}_{type}.cu" for family in FAMILIES for type in types]
+    kernels = Sources([path for path in paths if path.exists()], flags_of(mode), folders)
+    host = Sources([HERE / "stepwise_module.cpp", HERE / "stepwise_host.cpp"], [])
+    return compile_module(NAME, host, [kernels], mode)
 
 
 @functools.cache

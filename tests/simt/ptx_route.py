@@ -9,13 +9,11 @@ from simt.ptx.parse import parse
 from simt.ptx.translate import translate
 
 
-def translated(
-    source: Path, architecture: str = "sm_90", csrc: Path = nvcc.CSRC, directory: Path = nvcc.BUILD
-) -> Path:
-    """The C++ of a source's kernels. `csrc` may be a copy, if `directory` is one of its own."""
+def translated(source: Path, architecture: str = "sm_90") -> Path:
+    """The C++ of a source's kernels."""
     # -lineinfo: so that the emulator's messages name lines of the source.
-    flags = ("-lineinfo", f"-I{csrc}", f"-I{build.ROOT / 'tests'}")
-    compiled = nvcc.compile_unit(nvcc.Unit(source, architecture, kind="ptx", flags=flags), directory)
+    flags = ("-lineinfo", f"-I{build.ROOT / 'tests'}")
+    compiled = nvcc.compile_unit(nvcc.Unit(source, architecture, kind="ptx", flags=flags))
     output = compiled.path.with_suffix(".cpp")
     text = translate(parse(compiled.path))
     if not output.exists() or output.read_text() != text:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -40,77 +39,14 @@ def wrappers(program: Path) -> dict[str, str]:
     return dict(line.split(": ", 1) for line in text.splitlines())
 
 
-def wrappers_by_ptx(
-    mode: str = "plain", csrc: Path = nvcc.CSRC, directory: Path = nvcc.BUILD
-) -> dict[str, str]:
-    source = translated(HERE / "wrappers.cu", csrc=csrc, directory=directory)
-    return wrappers(build.compile_ptx_driver(HERE / "wrappers_driver.cpp", [source], mode))
-
-
-def wrappers_by_gcc(mode: str = "plain", *include_dirs: Path) -> dict[str, str]:
-    return wrappers(build.compile_driver([HERE / "wrappers_driver.cpp"], mode, include_dirs=include_dirs))
-
-
 @pytest.mark.parametrize("mode", ["plain", "race"])
 def test_wrappers_do_the_same_on_both_routes(mode: str) -> None:
-    by_ptx, by_gcc = wrappers_by_ptx(mode), wrappers_by_gcc(mode)
+    driver, source = HERE / "wrappers_driver.cpp", translated(HERE / "wrappers.cu")
+    by_ptx = wrappers(build.compile_ptx_driver(driver, [source], mode))
+    by_gcc = wrappers(build.compile_driver([driver], mode))
     assert len(by_ptx) > 12
     assert by_ptx == by_gcc
     assert not any("simt:" in line for line in by_ptx.values())
-
-
-# Mistakes in csrc/cuda/ptx.h that compile: the function, what is written there, what should not be. A round has those
-# that do not disturb each other; the wrapper whose kernel shows it is the key.
-Mistake = tuple[str, str, str]
-ROUNDS: dict[str, tuple[str, dict[str, Mistake]]] = {
-    "operands": (
-        "plain",
-        {
-            "cp_async16": ("cp_async16(", "[%0], [%1], 16, %2", "[%2], [%1], 16, %0"),
-            "ldmatrix_x4": ("ldmatrix_x4(", "%1, %2,", "%2, %1,"),
-            "ldmatrix_x4_trans": ("ldmatrix_x4_trans(", ".trans", ""),
-            "mma_f16_16816": ("mma_f16_16816(", "%5, %6,", "%6, %5,"),
-            "mma_bf16_16816": ("mma_bf16_16816(", "{%8, %9}", "{%9, %8}"),
-            "mma_tf32_1688": ("mma_tf32_1688(", "{%0, %1, %2, %3}, {%4", "{%0, %2, %1, %3}, {%4"),
-            "to_tf32": ("to_tf32(", "cvt.rna.", "cvt.rn."),
-            "words": ("load_relaxed(", "[%1]", "[%1+4]"),
-            "load_relaxed_16": ("load_relaxed_16(", "%1, %2,", "%2, %1,"),
-            "store_relaxed_16": ("store_relaxed_16(", "%3, %4}", "%4, %3}"),
-        },
-    ),
-    "plain store": ("race", {"handover": ("store_relaxed(", "st.relaxed.gpu.", "st.")}),
-}
-
-
-def with_mistakes(csrc: Path, mistakes: dict[str, Mistake]) -> None:
-    """Makes a copy of csrc/ that has them."""
-    shutil.copytree(nvcc.CSRC, csrc)
-    header = csrc / "cuda" / "ptx.h"
-    text = header.read_text()
-    for function, right, wrong in mistakes.values():
-        at = text.index(right, text.index(f"{function}"))
-        text = text[:at] + wrong + text[at + len(right) :]
-    header.write_text(text)
-
-
-@pytest.mark.parametrize("name", ROUNDS)
-def test_planted_mistakes_in_wrappers_are_found(name: str, tmp_path: Path) -> None:
-    mode, mistakes = ROUNDS[name]
-    with_mistakes(tmp_path / "csrc", mistakes)
-    right = wrappers_by_ptx(mode)
-    wrong = wrappers_by_ptx(mode, tmp_path / "csrc", tmp_path)
-    found = {wrapper for wrapper in right if right[wrapper] != wrong[wrapper]}
-    assert found >= mistakes.keys()
-    if name == "operands":
-        # Each by its own kernel and not by another one's, but for kernels that need another wrapper too.
-        assert found == mistakes.keys() | {"cp_async_wait", "handover_of_a_piece"}
-
-
-def test_planted_mistakes_are_not_seen_by_gcc(tmp_path: Path) -> None:
-    """Which is why there is a PTX route."""
-    mistakes = {f"{name} {wrapper}": m for name, (_, ms) in ROUNDS.items() for wrapper, m in ms.items()}
-    with_mistakes(tmp_path / "csrc", mistakes)
-    assert wrappers_by_gcc("plain", tmp_path / "csrc") == wrappers_by_gcc("plain")
 
 
 # ---- the kernels of the layer

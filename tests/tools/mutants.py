@@ -46,8 +46,6 @@ ROOT = planted.ROOT
 WORK = ROOT / "build" / "mutants"
 # Not compiled without nvcc; and the C library, which no test of `make test` compiles.
 NOT_HERE = ("csrc/torch/cuda_backend.cpp", "csrc/torch/gemm_cublas", "csrc/cuda/ptx.h", "csrc/library/")
-# Tests of tools and texts, which no line of the product could fail, or which run the same tests again.
-NO_TESTS = ("test_planted", "test_docs", "test_conftest", "test_mutants")
 EMULATED = ("test_stepwise", "test_modes", "test_first_use")
 # One test of each program that compiles the C++ files by itself: their errors are found with those of the extension.
 PROBES = (
@@ -355,14 +353,14 @@ class Session:
         files = sorted(
             path.relative_to(self.copies[0]) for path in (self.copies[0] / "tests").rglob("test_*.py")
         )
-        files = [f for f in files if "compat" not in f.parts and not f.stem.startswith(NO_TESTS)]
+        files = [f for f in files if "compat" not in f.parts]
         files = [f for f in files if not parts or any(part in f.name for part in parts)]
         failed: list[str] = []
 
         def job(file: Path) -> Job:
             output = WORK / f"{file.stem}.json"
             output.unlink(missing_ok=True)
-            marks = "not full" if file.stem.startswith(EMULATED) else "not tools and not full"
+            marks = "not full" if file.stem.startswith(EMULATED) else "not tools and not full and not pages"
 
             def start(copy: int) -> int:
                 def work() -> int:
