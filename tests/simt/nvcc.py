@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,18 +63,6 @@ class Unit:
     def __str__(self) -> str:
         parts = (self.source.stem, self.architecture, self.standard, self.kind)
         return "-".join(parts)
-
-
-@dataclass(frozen=True)
-class Resources:
-    """One kernel as ptxas reports it. Sizes are bytes; `shared` is the static part."""
-
-    registers: int
-    shared: int
-    barriers: int
-    stack: int
-    spill_stores: int
-    spill_loads: int
 
 
 @dataclass(frozen=True)
@@ -138,14 +126,14 @@ def _key(unit: Unit) -> str:
     return digest.hexdigest()[:16]
 
 
-def compile_unit(unit: Unit, directory: Path = BUILD) -> Output:
+def compile_unit(unit: Unit) -> Output:
     """The output of an earlier run if nothing has changed since."""
     suffix = {"cubin": "cubin", "ptx": "ptx", "object": "o"}[unit.kind]
-    output = directory / f"{unit}.{_key(unit)}.{suffix}"
+    output = BUILD / f"{unit}.{_key(unit)}.{suffix}"
     log = output.with_suffix(output.suffix + ".log")
     if not log.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        for old in directory.glob(f"{unit}.*"):
+        BUILD.mkdir(parents=True, exist_ok=True)
+        for old in BUILD.glob(f"{unit}.*"):
             old.unlink(missing_ok=True)
         call = command(unit, output)
         result = subprocess.run(call, capture_output=True, text=True)
@@ -191,34 +179,16 @@ def _without_parameters(name: str) -> str:
     return name[:end].removeprefix("void ").replace("lstm_ext::cuda::", "").replace("lstm_ext::", "")
 
 
+_ENTRY = re.compile(r"Compiling entry function '(\S+)'")
 _PROPERTIES = re.compile(
-    r"Function properties for (?P<name>\S+)\n"
-    r"\s*(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\n"
-    r".*?Used (?P<registers>\d+) registers(?P<rest>.*)"
+    r"Function properties for (\S+)\n\s*0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads\n"
+    r".*?Used (\d+) registers"
 )
 
 
-def _parse(log: str) -> Iterator[tuple[str, Resources]]:
-    for found in _PROPERTIES.finditer(log):
-        shared = re.search(r"(\d+) bytes smem", found["rest"])
-        barriers = re.search(r"used (\d+) barriers", found["rest"])
-        yield (
-            found["name"],
-            Resources(
-                registers=int(found["registers"]),
-                shared=int(shared[1]) if shared else 0,
-                barriers=int(barriers[1]) if barriers else 0,
-                stack=int(found["stack"]),
-                spill_stores=int(found["stores"]),
-                spill_loads=int(found["loads"]),
-            ),
-        )
-
-
-def resources(log: str) -> dict[str, Resources]:
-    """By kernel, from what `-Xptxas -v` printed."""
-    found = dict(_parse(log))
-    entries = re.findall(r"Compiling entry function '(\S+)'", log)
-    if set(entries) != set(found):
-        raise ValueError(f"ptxas's report was not understood:\n{log}")
-    return dict(zip(demangle(list(found)), found.values(), strict=True))
+def registers(log: str) -> dict[str, int]:
+    """The registers of a thread, by kernel, from what `-Xptxas -v` printed. An error for a kernel that spills."""
+    found = dict(_PROPERTIES.findall(log))
+    if set(_ENTRY.findall(log)) != set(found):
+        raise ValueError(f"a kernel spills, or ptxas's report was not understood:\n{log}")
+    return dict(zip(demangle(list(found)), map(int, found.values()), strict=True))

@@ -8,9 +8,8 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from simt import nvcc
 
@@ -98,41 +97,24 @@ def opcodes(cubin: Path) -> dict[str, Code]:
     return code
 
 
-@dataclass(frozen=True)
-class Expectation:
+class Expectation(NamedTuple):
     """For kernels whose name, without namespaces and parameters, is like `kernels`. The patterns are regular
-    expressions of whole opcodes; `counts` has how often those are there that one matches. `in_loop`: of the code,
-    only the longest loop counts."""
+    expressions of whole opcodes. `in_loop`: of the code, only the longest loop counts."""
 
     kernels: str
     present: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     architectures: tuple[str, ...] = nvcc.ARCHITECTURES
-    counts: tuple[tuple[str, int], ...] = ()
     in_loop: bool = False
 
-    def problems(self, name: str, architecture: str, code: Sequence[str]) -> list[str]:
-        if architecture not in self.architectures or not fnmatch.fnmatchcase(name, self.kernels):
-            return []
-        if self.in_loop:
-            code = code.longest_loop() if isinstance(code, Code) else []
-        kinds = sorted(set(code))
-        missing = [p for p in self.present if not any(re.fullmatch(p, opcode) for opcode in kinds)]
-        unwanted = [o for o in kinds for p in self.absent if re.fullmatch(p, o)]
-        found = [(p, wanted, sum(1 for o in code if re.fullmatch(p, o))) for p, wanted in self.counts]
-        where = " in the loop" if self.in_loop else ""
-        return [
-            *(f"{p} is missing{where}" for p in missing),
-            *(f"{opcode} is there{where}" for opcode in unwanted),
-            *(f"{p} is there{where} {n} times, not {wanted}" for p, wanted, n in found if n != wanted),
-        ]
+    def concerns(self, name: str, architecture: str) -> bool:
+        return architecture in self.architectures and fnmatch.fnmatchcase(name, self.kernels)
 
 
 # Those with dependent launches, and those without.
 FROM_HOPPER = tuple(a for a in nvcc.ARCHITECTURES if int(a.removeprefix("sm_")) >= 90)
 BEFORE_HOPPER = tuple(a for a in nvcc.ARCHITECTURES if a not in FROM_HOPPER)
 # Opcodes by what they are for.
-LOCAL_MEMORY = (r"LDL.*", r"STL.*")
 ATOMICS = (r"ATOM.*", r"REDG?(\..*)?")
 GLOBAL_ATOMICS = (r"ATOMG.*", r"REDG?(\..*)?")
 # What fences and acquiring loads become: they wait for all stores, or empty the first-level cache.
@@ -151,7 +133,6 @@ DEPENDENT_LAUNCH = (r"ACQBULK", r"PREEXIT")
 
 FLOATS = ("float", "__half", "__nv_bfloat16")
 EXPECTATIONS = (
-    Expectation("*", absent=LOCAL_MEMORY),
     # Pointers of kernels are to global memory, shared arrays are used by name: nvcc sees which it is. Not where a
     # pointer is chosen from a table of them, as in previous_outputs_kernel.
     *(
@@ -163,12 +144,7 @@ EXPECTATIONS = (
         Expectation(f"{k}_*<*>", absent=ATOMICS)
         for k in ("cell", "norm", "output", "previous", "step", "sum")
     ),
-    Expectation(
-        "persistent_kernel<*>",
-        absent=(*GLOBAL_ATOMICS, *FENCES),
-        counts=((BLOCK_BARRIER[0], 1),),
-        in_loop=True,
-    ),
+    Expectation("persistent_kernel<*>", absent=(*GLOBAL_ATOMICS, *FENCES), in_loop=True),
     # An unmarked constant is a double: 1.0 where 1.0f is meant makes a float kernel several times slower.
     *(Expectation(f"*_kernel<{t}*>", absent=DOUBLE) for t in FLOATS),
     *(Expectation(f"*cell_*_kernel<{t}*>", (*EXPONENTIAL, r"MUFU\.RCP.*"), TANH_OF_11_BITS) for t in FLOATS),
@@ -188,24 +164,19 @@ EXPECTATIONS = (
         "persistent_kernel<*>", (*EXPONENTIAL, r"MUFU\.RCP.*"), (*DOUBLE, *TANH_OF_11_BITS), in_loop=True
     ),
     Expectation("persistent_kernel<*>", present=STRONG_16, in_loop=True),
-    # Two instructions for each piece of each tile, of those in registers and of those in shared memory.
-    *(
-        Expectation(f"persistent_kernel<Persistent{kernels}", counts=((opcode, count),), in_loop=True)
-        for kernels, opcode, count in (
-            ("ForwardPass<__nv_bfloat16, *", MMA_BF16[0], 32 + 8),
-            ("ForwardPass<__half, *", r"HMMA\.16816\.F32", 32 + 8),
-            ("ForwardPass<float, *", MMA_TF32[0], 32 + 4),
-            ("BackwardPass<__nv_bfloat16, *", MMA_BF16[0], 32 + 2),
-            ("BackwardPass<__half, *", MMA_TF32[0], 32 + 2),
-            ("BackwardPass<float, *", MMA_TF32[0], 32 + 2),
-        )
-    ),
     # A warp sums by shuffles, the warps of a block meet in shared memory.
     Expectation("norm_cell_*_kernel<*>", present=(*BLOCK_BARRIER, r"SHFL\.BFLY.*")),
 )
 
 
-def problems(
-    name: str, architecture: str, code: list[str], expectations: Iterable[Expectation] = EXPECTATIONS
-) -> list[str]:
-    return [problem for e in expectations for problem in e.problems(name, architecture, code)]
+def problems(name: str, architecture: str, code: Code) -> list[str]:
+    found = []
+    for e in EXPECTATIONS:
+        if e.concerns(name, architecture):
+            kinds = sorted(set(code.longest_loop() if e.in_loop else code))
+            where = f"{name}{', in the loop' if e.in_loop else ''}"
+            missing = [p for p in e.present if not any(re.fullmatch(p, opcode) for opcode in kinds)]
+            unwanted = [o for o in kinds for p in e.absent if re.fullmatch(p, o)]
+            found += [f"{where}: {p} is missing" for p in missing]
+            found += [f"{where}: {opcode} is there" for opcode in unwanted]
+    return found
