@@ -199,9 +199,11 @@ format: $(LINTERS)
 	$(PY) -m ruff format .
 	$(CXX_FILES) | xargs $(VENV)/bin/clang-format -i
 
-# The pages of docs/ and the docstrings as a site, build/docs/index.html. A warning is an error.
-docs: build $(GROUP)docs
+# The pages of docs/ and the docstrings as a site, build/docs/index.html. A warning is an error. Then what the pages say:
+# their blocks run, their links lead somewhere.
+docs: build $(TESTING) $(GROUP)docs
 	$(PY) docs/build_site.py $(ARGS)
+	$(PYTEST) -m pages
 
 # Leaves the environment.
 clean:

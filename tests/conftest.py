@@ -43,7 +43,7 @@ _unexpected: list[str] = []
 DEVICES = ("cpu", "cuda")
 THREADS = torch.get_num_threads()
 # Seconds that a test of a tier may take; pyproject.toml has those of all others.
-LIMITS = {"tools": 1200, "full": 0}
+LIMITS = {"tools": 1200, "pages": 1200, "full": 0}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import inspect
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,8 @@ from matrix import support
 from matrix.routes import ROUTES
 
 import lstm_ext
+
+pytestmark = pytest.mark.pages
 
 ROOT = Path(__file__).resolve().parents[2]
 TOP = [ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md")]
@@ -107,18 +108,6 @@ def test_dir_has_public_names_only() -> None:
     assert all([hasattr(lstm_ext, public) for public in dir(lstm_ext)])
     for name in ("call", "layer", "native", "nn"):
         assert getattr(lstm_ext, name) is importlib.import_module(f"lstm_ext.{name}")
-
-
-def test_the_site_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """One line, where the optional group `docs` is not installed."""
-    spec = importlib.util.spec_from_file_location("build_site", ROOT / "docs" / "build_site.py")
-    build_site = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build_site)
-    monkeypatch.setattr(sys, "argv", ["build_site.py"])
-    monkeypatch.setattr(build_site, "NEEDED", ("torch", "no_such_package"))
-    assert build_site.main() == 1
-    message = "error: no_such_package not installed: run `make docs`, or pip install 'lstm_ext[docs]'\n"
-    assert capsys.readouterr().err == message
 
 
 def test_the_table_of_routes() -> None:

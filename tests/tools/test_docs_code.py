@@ -27,6 +27,8 @@ import torch
 import lstm_ext
 import lstm_ext.onnx
 
+pytestmark = pytest.mark.pages
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     ROOT / "README.md",
@@ -134,7 +136,6 @@ def problem_of(words: list[str]) -> str | None:
     return f"the test does not know the command {program}"
 
 
-@pytest.mark.tools
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.backends.mkldnn.rnn.fp32_precision  # a page shows how it is set
@@ -177,32 +178,6 @@ def test_blocks_say_what_they_are(page: Path) -> None:
         assert not indented, f"{name_of(page)}:{number}: indented code: put it between fences"
 
 
-def test_a_failing_block_says_where() -> None:
-    text = "# A page\n\n```python\nx = 0\n```\n\n```python\ny = 1\ny / 0\n```\n\n```python\nx\n```\n"
-    first, second, third = blocks(text)
-    run_alone(first, "page.md")
-    with pytest.raises(pytest.fail.Exception, match=r"^page\.md:9: ZeroDivisionError: division by zero$"):
-        run_alone(second, "page.md")
-    with pytest.raises(pytest.fail.Exception, match=r"^page\.md:13: NameError: name 'x' is not defined$"):
-        run_alone(third, "page.md")
-    with pytest.raises(pytest.fail.Exception, match=r"^page\.md:4: SyntaxError: "):
-        run("x = 1\nif\n", 3, "page.md", {})
-
-
-def test_a_block_shows_what_it_prints() -> None:
-    text = (
-        "```python\nprint(1)\n```\n\n```text\n1\n```\n\n```python\nprint(2)\n```\n\nSo:\n\n```text\n2\n```\n"
-    )
-    first, output, second, other = blocks(text)
-    assert (first.shown, output.kind, second.shown, other.kind) == ("1\n", "text", "", "text")
-    run_alone(first, "page.md")
-    for wrong in (first._replace(shown="3\n"), second):
-        with pytest.raises(
-            pytest.fail.Exception, match=r"^page\.md:\d+: the block prints\n\d\nand the page shows\n"
-        ):
-            run_alone(wrong, "page.md")
-
-
 # The public objects whose docstrings have code, with the Python that makes what it takes as given.
 IN_DOCSTRINGS = {
     "FrozenLSTM": "",
@@ -221,7 +196,6 @@ def literal_blocks(text: str) -> list[str]:
     return [textwrap.dedent(block) for block in re.findall(r"::\n\n((?:(?: {4}.*)?\n)+)", text + "\n")]
 
 
-@pytest.mark.tools
 @pytest.mark.parametrize("name", IN_DOCSTRINGS)
 def test_code_in_docstrings_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.tools
+pytestmark = pytest.mark.pages
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "examples" / "from_scratch.ipynb"
 
