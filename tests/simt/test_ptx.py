@@ -67,56 +67,26 @@ def _kernel(body: str, before: str = "") -> str:
 
 REFUSED = {
     "an unknown instruction": ("dp4a.s32.s32 %r1, %r2, %r3, %r4;", "not supported"),
-    "a texture": ("tex.2d.v4.f32.f32 {%r1, %r2, %r3, %r4}, [%d1, {%r1, %r2}];", "a number expected"),
     "an unknown modifier": ("add.unknown.s32 %r1, %r2, %r3;", "not supported with .unknown"),
     "saturation of integers": ("add.sat.s32 %r1, %r2, %r3;", "not supported with .sat"),
     "directed rounding of f64": ("add.rz.f64 %d1, %d2, %d3;", "directed rounding"),
     "a named barrier": ("bar.sync 1;", "other than that of the whole block"),
-    "a barrier of some threads": ("bar.sync 0, 64;", "other than that of the whole block"),
     "a call": ("call.uni other, (%r1);", "expected ','"),
-    "a cluster barrier": ("barrier.cluster.arrive.release;", "one of sync is missing"),
-    "an mbarrier": ("mbarrier.init.shared.b64 [%r1], 1;", "not supported"),
-    "a wgmma": ("wgmma.fence.sync.aligned;", "not supported"),
-    "a bulk copy": (
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%d1], %r2, [%r3];",
-        "one of cg is missing",
-    ),
     "an mma of another shape": (
         "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%r1, %r2, %r3, %r4}, {%r1, %r2}, {%r3}, "
         "{%r1, %r2, %r3, %r4};",
         "an mma that the emulator has not",
     ),
-    "an mma with sums in f16": (
-        "mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 {%r1, %r2}, {%r1, %r2, %r3, %r4}, {%r1, %r2}, {%r1, %r2};",
-        "an mma that the emulator has not",
-    ),
-    "a load of two matrices": (
-        "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r1, %r2}, [%r3];",
-        "one of x4 is missing",
-    ),
-    "too few registers of ldmatrix": (
-        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r1, %r2}, [%r3];",
-        "a register for each matrix",
-    ),
-    "a copy of 8 bytes": (
-        "cp.async.cg.shared.global [%r1], [%d1], 8;",
-        "a size that the emulator does not copy",
-    ),
     "a predicated copy": ("cp.async.cg.shared.global [%r1], [%d1], 16, %p1;", "cp.async with a predicate"),
     "an unknown name": ("mov.u32 %r1, nothing;", "nothing is not declared"),
-    "an unknown special register": ("mov.u32 %r1, %smid;", "%smid is not declared"),
     "an order without a scope": (
         "ld.relaxed.global.u32 %r1, [%d1];",
         "one of cta, gpu, sys is missing",
     ),
-    "a load that acquires": ("ld.acquire.gpu.global.u32 %r1, [%d1];", "not supported with .acquire"),
     "a store that releases": ("st.release.gpu.global.u32 [%d1], %r1;", "not supported with .release"),
-    "an atomic that releases": ("red.release.gpu.global.add.u32 [%d1], 5;", "not supported with .release"),
-    "a texture's space": ("ld.tex.u32 %r1, [%d1];", "not supported with .tex"),
     "a vector of the wrong length": ("ld.global.v4.u32 {%r1, %r2}, [%d1];", "as many registers"),
     "an integer as a float": ("add.f32 %r1, %r2, 1;", "an integer literal as a floating-point operand"),
     "too few operands": ("fma.rn.f32 %r1, %r2, %r3;", "4 operands"),
-    "a result that is no register": ("add.s32 5, %r2, %r3;", "not a register"),
     "a missing semicolon": ("add.s32 %r1, %r2, %r3", "expected ','"),
 }
 

@@ -38,6 +38,8 @@ def sum_or_product(f: Emitter, m: Modifiers, i: Instruction) -> str:
         rounding = m.take(*ROUNDINGS, default="rn")
         if rounding != "rn" and kind != "f32":
             raise i.error("directed rounding of something else than f32")
+        if kind not in ("f32", "f64"):
+            raise i.error(f"not supported for {kind}")
         name = "fma" if m.name == "mad" else m.name
         return float_call(f, m, i, f"float_{name}", kind, f"{kind}, Rounding::{rounding}")
     if m.name in ("add", "sub"):
@@ -55,8 +57,7 @@ def sum_or_product(f: Emitter, m: Modifiers, i: Instruction) -> str:
 def division(f: Emitter, m: Modifiers, i: Instruction) -> str:
     kind = m.type()
     if is_float(kind):
-        # .full and .approx are within 2 units in the last place: as good as exact here.
-        m.need("rn", "full", "approx")
+        m.need("rn")
         return float_call(f, m, i, "quotient", kind, kind)
     return f.assign(i.operands[0], kind, f"integer_{m.name}<{kind}>({f.values(i.operands[1:], kind)})")
 
@@ -64,10 +65,9 @@ def division(f: Emitter, m: Modifiers, i: Instruction) -> str:
 @handles("min", "max")
 def extreme(f: Emitter, m: Modifiers, i: Instruction) -> str:
     kind = m.type()
-    if not is_float(kind):
-        return f.assign(i.operands[0], kind, f"integer_{m.name}<{kind}>({f.values(i.operands[1:], kind)})")
-    nan = "true" if m.take("NaN") else "false"
-    return float_call(f, m, i, f"float_{m.name}", kind, f"{kind}, {nan}")
+    if is_float(kind):
+        raise i.error(f"not supported for {kind}")
+    return f.assign(i.operands[0], kind, f"std::{m.name}<{kind}>({f.values(i.operands[1:], kind)})")
 
 
 @handles("abs", "neg")
@@ -78,13 +78,11 @@ def sign(f: Emitter, m: Modifiers, i: Instruction) -> str:
     return f.assign(i.operands[0], kind, f"integer_{m.name}<{kind}>({f.value(i.operands[1], kind)})")
 
 
-@handles("ex2", "lg2", "sin", "cos", "tanh", "rcp", "sqrt", "rsqrt")
+@handles("ex2", "rcp", "sqrt")
 def function(f: Emitter, m: Modifiers, i: Instruction) -> str:
     """The exact function, rounded: the hardware's .approx errs more, by less than a kernel's tolerance."""
     kind = m.type()
     m.need("approx", *(("rn",) if m.name in ("rcp", "sqrt") else ()))
-    if m.name != "tanh" and m.name != "ex2" and kind not in ("f32", "f64"):
-        raise i.error(f"not supported for {kind}")
     return float_call(f, m, i, f"float_{m.name}", kind, kind)
 
 
@@ -95,13 +93,6 @@ def copysign(f: Emitter, m: Modifiers, i: Instruction) -> str:
     return f.assign(i.operands[0], kind, f"copysign<{kind}>({f.values(i.operands[1:3], kind)})")
 
 
-@handles("testp")
-def testp(f: Emitter, m: Modifiers, i: Instruction) -> str:
-    kind = m.type()
-    test = m.need("finite", "infinite", "number", "notanumber", "normal", "subnormal")
-    return f.assign(i.operands[0], "pred", f"is_{test}({f.value(i.operands[1], kind)})")
-
-
 @handles("and", "or", "xor")
 def bitwise(f: Emitter, m: Modifiers, i: Instruction) -> str:
     kind = m.type()
@@ -110,18 +101,11 @@ def bitwise(f: Emitter, m: Modifiers, i: Instruction) -> str:
     return f.assign(i.operands[0], kind, f"{kind}({a} {sign} {b})")
 
 
-@handles("not", "cnot")
+@handles("not")
 def complement(f: Emitter, m: Modifiers, i: Instruction) -> str:
     kind = m.type()
-    sign = "!" if kind == "pred" or m.name == "cnot" else "~"
+    sign = "!" if kind == "pred" else "~"
     return f.assign(i.operands[0], kind, f"{kind}({sign}{f.value(i.operands[1], kind)})")
-
-
-@handles("lop3")
-def lop3(f: Emitter, m: Modifiers, i: Instruction) -> str:
-    kind = m.type()
-    a, b, c, table = i.operands[1:5]
-    return f.assign(i.operands[0], kind, f"lop3({f.values((a, b, c), kind)}, {f.value(table, 'u32')})")
 
 
 @handles("shl", "shr")
@@ -132,25 +116,10 @@ def shift(f: Emitter, m: Modifiers, i: Instruction) -> str:
     return f.assign(i.operands[0], kind, f"{m.name}<{kind}>({a}, {amount})")
 
 
-@handles("shf")
-def funnel(f: Emitter, m: Modifiers, i: Instruction) -> str:
-    kind = m.type()
-    direction, mode = m.need("l", "r"), m.need("wrap", "clamp")
-    return f.assign(i.operands[0], kind, f"shf_{direction}_{mode}({f.values(i.operands[1:4], kind)})")
-
-
 @handles("prmt")
 def permute(f: Emitter, m: Modifiers, i: Instruction) -> str:
     kind = m.type()
     return f.assign(i.operands[0], kind, f"prmt({f.values(i.operands[1:4], kind)})")
-
-
-@handles("bfe")
-def extract(f: Emitter, m: Modifiers, i: Instruction) -> str:
-    kind = m.type()
-    a, position, length = i.operands[1:4]
-    code = f"bfe<{kind}>({f.value(a, kind)}, {f.values((position, length), 'u32')})"
-    return f.assign(i.operands[0], kind, code)
 
 
 @handles("bfi")
@@ -159,20 +128,6 @@ def insert(f: Emitter, m: Modifiers, i: Instruction) -> str:
     a, b, position, length = i.operands[1:5]
     code = f"bfi<{kind}>({f.values((a, b), kind)}, {f.values((position, length), 'u32')})"
     return f.assign(i.operands[0], kind, code)
-
-
-@handles("bmsk")
-def mask(f: Emitter, m: Modifiers, i: Instruction) -> str:
-    kind = m.type()
-    m.need("clamp")
-    return f.assign(i.operands[0], kind, f"bmsk({f.values(i.operands[1:3], 'u32')})")
-
-
-@handles("brev", "popc", "clz", "bfind")
-def scan(f: Emitter, m: Modifiers, i: Instruction) -> str:
-    kind = m.type()
-    result = kind if m.name == "brev" else "u32"
-    return f.assign(i.operands[0], result, f"{m.name}<{kind}>({f.value(i.operands[1], kind)})")
 
 
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
@@ -184,25 +139,15 @@ UNORDERED = tuple(f"{c}u" for c in COMPARISONS)
 @handles("setp")
 def compare(f: Emitter, m: Modifiers, i: Instruction) -> str:
     kind = m.type()
-    comparison = m.need(*COMPARISONS, *UNSIGNED, *UNORDERED, "num", "nan")
+    comparison = m.need(*COMPARISONS, *UNSIGNED, *UNORDERED)
     comparison = UNSIGNED.get(comparison, comparison)
     ftz = m.take("ftz")
     a, b = (f.value(operand, kind) for operand in i.operands[1:3])
     if ftz:
         a, b = f"flushed({a})", f"flushed({b})"
-    first, second = f.pair(i.operands[0])
     function = "float_compare" if is_float(kind) else "compare"
     code = f"{function}_{comparison}<{kind}>({a}, {b})"
-    combine = {"and": "&&", "or": "||", "xor": "!=", "": ""}[m.take("and", "or", "xor")]
-    if not combine:
-        if second is None:
-            return f.assign(first, "pred", code)
-        return f"{{ const bool c = {code}; {f.assign(first, 'pred', 'c')} {f.assign(second, 'pred', '!c')} }}"
-    other = f.value(i.operands[3], "pred")
-    if second is None:
-        return f.assign(first, "pred", f"{code} {combine} {other}")
-    both = (f.assign(first, "pred", f"c {combine} d"), f.assign(second, "pred", f"!c {combine} d"))
-    return f"{{ const bool c = {code}, d = {other}; {' '.join(both)} }}"
+    return f.assign(i.operands[0], "pred", code)
 
 
 @handles("selp")
@@ -210,15 +155,6 @@ def select(f: Emitter, m: Modifiers, i: Instruction) -> str:
     kind = m.type()
     yes, no, predicate = i.operands[1:4]
     code = f"{f.value(predicate, 'pred')} ? {f.value(yes, kind)} : {f.value(no, kind)}"
-    return f.assign(i.operands[0], kind, code)
-
-
-@handles("slct")
-def select_by_sign(f: Emitter, m: Modifiers, i: Instruction) -> str:
-    by, kind = m.type(), m.type()
-    m.take("ftz")
-    yes, no, number = i.operands[1:4]
-    code = f"{f.value(number, by)} >= 0 ? {f.value(yes, kind)} : {f.value(no, kind)}"
     return f.assign(i.operands[0], kind, code)
 
 
@@ -240,8 +176,6 @@ def move(f: Emitter, m: Modifiers, i: Instruction) -> str:
 @handles("cvt")
 def convert(f: Emitter, m: Modifiers, i: Instruction) -> str:
     source, target = m.type(), m.type()
-    if target in ("f16x2", "bf16x2"):
-        return _convert_pair(f, m, i, source, target)
     ftz, saturate = m.take("ftz"), m.take("sat")
     a = f.value(i.operands[1], source)
     if ftz and source == "f32":
@@ -257,7 +191,9 @@ def convert(f: Emitter, m: Modifiers, i: Instruction) -> str:
             code = f"from_integer<{target}, Rounding::{m.need(*ROUNDINGS)}>({a})"
             code = f"saturated({code})" if saturate else code
         else:
-            code = f"{'clamped' if saturate else 'resized'}<{target}>({a})"
+            if saturate:
+                raise i.error("not supported with .sat")
+            code = f"static_cast<{target}>({a})"
         return f.assign(i.operands[0], target, code)
     if whole:
         if source != target:
@@ -265,24 +201,8 @@ def convert(f: Emitter, m: Modifiers, i: Instruction) -> str:
         code = f"whole<{target}, Rounding::{whole}>({a})"
     else:
         code = f"converted<{target}, Rounding::{m.take(*ROUNDINGS, 'rna', default='rn')}>({a})"
-    if m.take("relu"):
-        code = f"relu({code})"
     if ftz and target == "f32":
         code = f"flushed({code})"
     if saturate:
         code = f"saturated({code})"
     return f.assign(i.operands[0], target, code)
-
-
-def _convert_pair(f: Emitter, m: Modifiers, i: Instruction, source: str, target: str) -> str:
-    """The first operand becomes the upper half."""
-    if source != "f32":
-        raise i.error("a pair of something else than f32")
-    element, rounding = target.removesuffix("x2"), m.need("rn", "rz")
-    high, low = (
-        f"converted<{element}, Rounding::{rounding}>({f.value(operand, source)})"
-        for operand in i.operands[1:3]
-    )
-    if m.take("relu"):
-        high, low = f"relu({high})", f"relu({low})"
-    return f.assign(i.operands[0], target, f"{target}{{{low}, {high}}}")

@@ -26,8 +26,7 @@ from simt.ptx.parse import (
 
 # Special registers. runtime.h has functions of the same names.
 _THREE = ["tid", "ntid", "ctaid", "nctaid"]
-_ONE = ["laneid", "warpid", "nwarpid", "clock", "clock64", "globaltimer"]
-_ONE += [f"lanemask_{relation}" for relation in ("eq", "lt", "le", "gt", "ge")]
+_ONE = ["laneid", "globaltimer"]
 _SPECIAL = {f"%{name}.{axis}": f"{name}().{axis}" for name in _THREE for axis in "xyz"}
 _SPECIAL |= {f"%{name}": f"{name}()" for name in _ONE}
 
@@ -87,7 +86,7 @@ def identifier(name: str) -> str:
 
 
 def is_float(kind: str) -> bool:
-    return kind in ("f16", "bf16", "f16x2", "bf16x2", "f32", "f64")
+    return kind in ("f16", "bf16", "f32", "f64")
 
 
 class Emitter:
@@ -212,8 +211,6 @@ class Emitter:
             name = identifier(variable.name)
             if variable.space == "shared" and variable.name in used:
                 lines.append(f"  const b32 {name} = {_shared(variable)};")
-            elif variable.space == "local":
-                lines.append(f"  alignas({variable.alignment}) char {name}[{variable.size}];")
         return lines
 
     def source_line(self, location: Location) -> Location:

@@ -8,7 +8,7 @@ from simt.ptx.parse import Immediate, Instruction, Name, integer
 SPACES = ("global", "local", "const", "param", "shared", "shared::cta")
 SHARED = ("shared", "shared::cta")
 SCOPES = ("cta", "gpu", "sys")
-VECTORS = ("v2", "v4", "v8")
+VECTORS = ("v2", "v4")
 # Hints about caches: they change no value.
 CACHES = ("ca", "cg", "cs", "lu", "cv", "wb", "wt")
 EVICTIONS = tuple(f"L{n}::evict_{how}" for n in (1, 2) for how in ("normal", "unchanged", "first", "last"))
@@ -36,29 +36,10 @@ def branch(f: Emitter, m: Modifiers, i: Instruction) -> str:
     return f"goto {i.operands[0].text};"
 
 
-@handles("brx")
-def branch_by_index(f: Emitter, m: Modifiers, i: Instruction) -> str:
-    m.need("idx"), m.take("uni")
-    targets = f.function.branch_targets[i.operands[1].text]
-    cases = " ".join(f"case {n}: goto {target};" for n, target in enumerate(targets))
-    return f"switch ({f.value(i.operands[0], 'u32')}) {{ {cases} default: unreachable({HERE}); }}"
-
-
 @handles("ret", "exit")
 def leave(f: Emitter, m: Modifiers, i: Instruction) -> str:
     m.take("uni")
     return "return;"
-
-
-@handles("trap")
-def trap(f: Emitter, m: Modifiers, i: Instruction) -> str:
-    return f"trap({HERE});"
-
-
-@handles("nanosleep")
-def sleep(f: Emitter, m: Modifiers, i: Instruction) -> str:
-    m.need("u32")
-    return ";"  # any time may be zero
 
 
 # Memory.
@@ -114,7 +95,7 @@ def store(f: Emitter, m: Modifiers, i: Instruction) -> str:
     return f"{{ {kind}* p = aligned<{kind}, {count}>({place}, {HERE}); {note}{stores} }}"
 
 
-OPERATIONS = ("add", "min", "max", "inc", "dec", "and", "or", "xor", "exch", "cas")
+OPERATIONS = ("add", "exch")
 
 
 @handles("atom", "red")
@@ -162,8 +143,6 @@ def copy_async(f: Emitter, m: Modifiers, i: Instruction) -> str:
     m.need("async")
     if m.take("commit_group"):
         return f"cp_async_commit({HERE});"
-    if m.take("wait_all"):
-        return f"cp_async_wait_all({HERE});"
     if m.take("wait_group"):
         return f"cp_async_wait({f.value(i.operands[0], 'u32')}, {HERE});"
     m.need("cg"), m.need("shared", "shared::cta"), m.need("global")
@@ -218,26 +197,9 @@ def shuffle(f: Emitter, m: Modifiers, i: Instruction) -> str:
 @handles("vote")
 def vote(f: Emitter, m: Modifiers, i: Instruction) -> str:
     m.need("sync")
-    mode, kind = m.need("ballot", "all", "any", "uni"), m.type()
+    mode, kind = m.need("all", "any"), m.type()
     predicate, mask = f.value(i.operands[1], "pred"), f.value(i.operands[2], "b32")
     return f.assign(i.operands[0], kind, f"vote_{mode}({predicate}, {mask}, {HERE})")
-
-
-@handles("redux")
-def reduce(f: Emitter, m: Modifiers, i: Instruction) -> str:
-    m.need("sync")
-    kind, operation = m.type(), m.need("add", "min", "max", "and", "or", "xor")
-    value, mask = f.value(i.operands[1], kind), f.value(i.operands[2], "b32")
-    return f.assign(i.operands[0], kind, f"redux_{operation}<{kind}>({value}, {mask}, {HERE})")
-
-
-@handles("elect")
-def elect(f: Emitter, m: Modifiers, i: Instruction) -> str:
-    m.need("sync")
-    leader, predicate = f.pair(i.operands[0])
-    mask = f.value(i.operands[1], "b32")
-    writes = f"{f.assign(leader, 'b32', 'lane')} {f.assign(predicate, 'pred', 'lane == laneid()')}"
-    return f"{{ const b32 lane = elect({mask}, {HERE}); {writes} }}"
 
 
 # Tensor cores.

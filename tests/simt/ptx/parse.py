@@ -97,7 +97,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Variable:
-    """An array of bytes. `space` is shared, local, global or const; no size: dynamic shared memory."""
+    """An array of bytes. `space` is shared, global or const; no size: dynamic shared memory."""
 
     name: str  # in C++
     symbol: str  # in PTX
@@ -115,7 +115,6 @@ class Function:
     registers: list[tuple[str, str]] = field(default_factory=list)  # name in C++, PTX type
     variables: list[Variable] = field(default_factory=list)
     body: list[Instruction | Label] = field(default_factory=list)
-    branch_targets: dict[str, list[str]] = field(default_factory=dict)  # of brx.idx, by the list's name
 
 
 @dataclass
@@ -128,7 +127,7 @@ class Module:
 
 # Bits of a value of each type.
 WIDTHS = {f"{kind}{bits}": bits for kind in "bus" for bits in (8, 16, 32, 64)}
-WIDTHS |= {"pred": 1, "f16": 16, "bf16": 16, "f16x2": 32, "bf16x2": 32, "tf32": 32, "f32": 32, "f64": 64}
+WIDTHS |= {"pred": 1, "f16": 16, "bf16": 16, "tf32": 32, "f32": 32, "f64": 64}
 
 _TOKEN = re.compile(
     r"""
@@ -359,7 +358,7 @@ class Parser:
                 self._next()
             elif text == ".reg":
                 self._registers(function, scope)
-            elif text in (".shared", ".local"):
+            elif text == ".shared":
                 function.variables.append(self._variable(scope.declare))
             elif text == ".loc":
                 self._loc()
@@ -385,13 +384,7 @@ class Parser:
     def _label(self, function: Function, scope: _Scope) -> None:
         name = scope.find(self._next())
         self._expect(":")
-        if not self._accept(".branchtargets"):
-            function.body.append(Label(name))
-            return
-        function.branch_targets[name] = targets = []
-        while not self._accept(";"):
-            targets.append(scope.find(self._next()))
-            self._accept(",")
+        function.body.append(Label(name))
 
     def _registers(self, function: Function, scope: _Scope) -> None:
         self._expect(".reg")

@@ -25,12 +25,10 @@ simt::TranslatedKernel find(const void* host, size_t argument_bytes) {
 
 Registration::Registration(const Kernel& kernel) {
   registered().push_back(kernel);
-  ptx_use_translated_kernels(true);
+  simt::translated_kernel = find;
 }
 
 const std::vector<Kernel>& kernels() { return registered(); }
-
-extern "C" void ptx_use_translated_kernels(bool use) { simt::translated_kernel = use ? find : nullptr; }
 
 Shuffled shuffle(ShuffleMode mode, b32 a, b32 b, b32 c, b32 mask, const char* file, int line) {
   const int lane = static_cast<int>(laneid());

@@ -35,9 +35,6 @@ struct Registration {
 
 const std::vector<Kernel>& kernels();
 
-// Whether launches run the translated kernels (which they do once there are any) or those that g++ made.
-extern "C" void ptx_use_translated_kernels(bool use);
-
 // nvcc and g++ mangle a kernel's name alike, so that the linker finds its counterpart.
 #define PTX_KERNEL(function, mangled, bytes)                            \
   extern "C" __attribute__((weak)) void host_##function() asm(mangled); \
@@ -51,24 +48,7 @@ inline uint3 ctaid() { return blockIdx; }
 inline dim3 ntid() { return blockDim; }
 inline dim3 nctaid() { return gridDim; }
 inline u32 laneid() { return simt::lane_index(); }
-inline u32 thread_number() { return threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z); }
-inline u32 warpid() { return thread_number() / 32; }
-inline u32 nwarpid() { return (blockDim.x * blockDim.y * blockDim.z + 31) / 32; }
-inline u64 clock64() { return static_cast<u64>(simt::clock()); }
-inline u32 clock() { return static_cast<u32>(simt::clock()); }
-inline u64 globaltimer() { return clock64(); }
-inline b32 lanemask_eq() { return 1u << laneid(); }
-inline b32 lanemask_lt() { return lanemask_eq() - 1; }
-inline b32 lanemask_le() { return lanemask_eq() | lanemask_lt(); }
-inline b32 lanemask_gt() { return ~lanemask_le(); }
-inline b32 lanemask_ge() { return ~lanemask_lt(); }
-
-// ---- control
-
-[[noreturn]] inline void trap(const char* file, int line) { simt::fail("trap", file, line); }
-[[noreturn]] inline void unreachable(const char* file, int line) {
-  simt::fail("a jump past the end of its table", file, line);
-}
+inline u64 globaltimer() { return static_cast<u64>(simt::clock()); }
 
 // ---- addresses
 
@@ -151,19 +131,8 @@ T sum(T a, T b) {
     return exchange<T>(place, [value](T old) { return static_cast<T>(result); }, file, line); \
   }
 PTX_ATOMIC(add, sum(old, value))
-PTX_ATOMIC(min, std::min(old, value))
-PTX_ATOMIC(max, std::max(old, value))
-PTX_ATOMIC(and, old& value)
-PTX_ATOMIC(or, old | value)
-PTX_ATOMIC(xor, old ^ value)
 PTX_ATOMIC(exch, ((void)old, value))
-PTX_ATOMIC(inc, old >= value ? 0 : old + 1)
-PTX_ATOMIC(dec, old == 0 || old > value ? value : old - 1)
 #undef PTX_ATOMIC
-template <typename T>
-T atomic_cas(char* place, T expected, T value, const char* file, int line) {
-  return exchange<T>(place, [=](T old) { return old == expected ? value : old; }, file, line);
-}
 
 inline void fence(const char* file, int line) { simt::thread_fence(file, line); }
 
@@ -176,7 +145,6 @@ inline void cp_async16(char* shared, const char* global, u32 read, const char* f
 inline void grid_dependency_wait(const char* file, int line) { simt::grid_dependency_wait(file, line); }
 inline void cp_async_commit(const char* file, int line) { simt::cp_async_commit(file, line); }
 inline void cp_async_wait(u32 groups_left, const char* file, int line) { simt::cp_async_wait(groups_left, file, line); }
-inline void cp_async_wait_all(const char* file, int line) { simt::cp_async_wait_all(file, line); }
 
 // ---- barriers
 
@@ -205,52 +173,12 @@ inline Shuffled shfl_idx(b32 a, b32 b, b32 c, b32 mask, const char* file, int li
   return shuffle(ShuffleMode::idx, a, b, c, mask, file, line);
 }
 
-inline b32 vote_ballot(bool predicate, b32 mask, const char* file, int line) {
-  return simt::ballot(mask, predicate, file, line);
-}
 inline bool vote_all(bool predicate, b32 mask, const char* file, int line) {
   return simt::ballot(mask, predicate, file, line) == mask;
 }
 inline bool vote_any(bool predicate, b32 mask, const char* file, int line) {
   return simt::ballot(mask, predicate, file, line) != 0;
 }
-inline bool vote_uni(bool predicate, b32 mask, const char* file, int line) {
-  const b32 votes = simt::ballot(mask, predicate, file, line);
-  return votes == 0 || votes == mask;
-}
-
-// The lane that elect.sync chooses is any, but always the same one.
-inline b32 elect(b32 mask, const char* file, int line) {
-  return static_cast<b32>(__builtin_ctz(simt::ballot(mask, true, file, line)));
-}
-
-// The value of each lane of the mask in turn.
-template <typename T, typename Operation>
-T reduce(T value, b32 mask, Operation operation, const char* file, int line) {
-  bool first = true;
-  T result{};
-  for (u32 lane = 0; lane < 32; ++lane) {
-    if ((mask >> lane & 1) == 0) continue;
-    const auto other =
-        static_cast<T>(simt::shuffle(simt::Shuffle::Index, mask, static_cast<uint64_t>(value), lane, 32, file, line));
-    result = first ? other : static_cast<T>(operation(result, other));
-    first = false;
-  }
-  return result;
-}
-#define PTX_REDUX(name, result)                                                 \
-  template <typename T>                                                         \
-  T redux_##name(T value, b32 mask, const char* file, int line) {               \
-    return reduce<T>(value, mask, [](T a, T b) { return result; }, file, line); \
-  }
-PTX_REDUX(add, integer_add<T>(a, b))
-PTX_REDUX(min, std::min(a, b))
-PTX_REDUX(max, std::max(a, b))
-PTX_REDUX(and, a& b)
-PTX_REDUX(or, a | b)
-PTX_REDUX(xor, a ^ b)
-#undef PTX_REDUX
-
 // ---- tensor cores
 
 inline void ldmatrix_x4(bool transposed, b32* registers, const char* row, const char* file, int line) {

@@ -34,17 +34,6 @@ struct bf16 {
 struct tf32 {
   uint32_t bits;
 };
-struct f16x2 {
-  using Element = f16;
-  f16 low, high;
-};
-struct bf16x2 {
-  using Element = bf16;
-  bf16 low, high;
-};
-template <typename T>
-constexpr bool is_pair = std::is_same_v<T, f16x2> || std::is_same_v<T, bf16x2>;
-
 // The lower bits of a register, read as a T.
 template <typename T, typename Register>
 T as(Register bits) {
