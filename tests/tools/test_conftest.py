@@ -5,8 +5,8 @@ And what paths.py says about a run.
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,51 +89,31 @@ def run(folder: Path, test: str, *arguments: str, **environment: str) -> tuple[i
     return done.returncode, done.stdout + done.stderr
 
 
-processes = pytest.mark.parametrize("processes", ["0", "2"])
+# What runs, where; the exit code, and what is said.
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+RUNS: dict[str, tuple[str, tuple[str, ...], dict[str, str], int, str]] = {
+    "agreed": (SKIPS, (), {}, 0, "1 passed, 1 skipped"),
+    "another": (UNEXPECTED, (), {}, 1, "expected_skips.txt does not list .*a surprise"),
+    "another, not in CI": (UNEXPECTED, (), {"CI": ""}, 0, ""),
+    "whole file": (WHOLE_FILE, ("test_another.py",), {}, 1, "expected_skips.txt does not list .*a surprise"),
+    "elsewhere": (ELSEWHERE, (), {}, 1, "does not list.*test_surprise: marked skipif.*2 passed"),
+    "devices": (DEVICES, (), NO_GPU, 0, "tests of CUDA were not collected: torch finds no GPU.*2 passed"),
+    "CUDA only": (DEVICES, ("--device", "cuda"), NO_GPU, 1, "--device cuda, but torch finds no GPU"),
+    "no extension": (
+        SKIPS, (), {"LSTM_EXT_BACKEND": "reference"}, 1, "extension is not loaded, so nothing would be tested",
+    ),
+}  # fmt: skip
 
 
-@processes
-def test_agreed_skips_pass(tmp_path: Path, processes: str) -> None:
-    code, said = run(tmp_path, SKIPS, "-n", processes)
-    assert code == 0, said
-    assert "1 passed, 1 skipped" in said
-
-
-@processes
-@pytest.mark.parametrize("test", [UNEXPECTED, WHOLE_FILE], ids=["test", "file"])
-def test_other_skips_fail(tmp_path: Path, test: str, processes: str) -> None:
+@pytest.mark.parametrize("processes", ["0", "2"])
+@pytest.mark.parametrize("name", RUNS)
+def test_runs(tmp_path: Path, name: str, processes: str) -> None:
+    test, arguments, environment, expected, text = RUNS[name]
     (tmp_path / "test_another.py").write_text("def test_passes(): pass\n")
-    code, said = run(tmp_path, test, "test_another.py", "-n", processes)
-    assert code == 1, said
-    assert "skips that tests/expected_skips.txt does not list" in said
-    assert "a surprise" in said.partition("does not list")[2]
-    assert run(tmp_path, test, "test_another.py", "-n", processes, CI="")[0] == 0
-
-
-@processes
-def test_skips_of_other_machines_fail(tmp_path: Path, processes: str) -> None:
-    code, said = run(tmp_path, ELSEWHERE, "-n", processes)
-    assert code == 1, said
-    assert "2 passed" in said
-    listed = said.partition("does not list")[2]
-    assert "test_surprise: marked skipif" in listed and "test_agreed" not in listed
-
-
-@processes
-@pytest.mark.skipif("config.getoption('--device') == 'cuda'")
-def test_devices(tmp_path: Path, processes: str) -> None:
-    code, said = run(tmp_path, DEVICES, "-n", processes, CUDA_VISIBLE_DEVICES="")
-    assert code == 0, said
-    assert "2 passed" in said and "tests of CUDA were not collected: torch finds no GPU" in said
-    code, said = run(tmp_path, DEVICES, "--device", "cuda", "-n", processes, CUDA_VISIBLE_DEVICES="")
-    assert code == 1, said
-    assert "--device cuda, but torch finds no GPU" in said
-
-
-def test_without_the_extension(tmp_path: Path) -> None:
-    code, said = run(tmp_path, SKIPS, "-n", "2", LSTM_EXT_BACKEND="reference")
-    assert code == 1, said
-    assert "the compiled extension is not loaded, so nothing would be tested" in said
+    code, said = run(tmp_path, test, *arguments, "-n", processes, **environment)
+    assert code == expected, said
+    assert re.search(text, said, re.DOTALL), said
+    assert "test_agreed" not in said.partition("does not list")[2]
 
 
 def test_alone(tmp_path: Path) -> None:
