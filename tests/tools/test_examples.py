@@ -1,17 +1,18 @@
-"""The examples on real data run in their short form, draw a picture, and their own checks pass."""
+"""The examples run in their short form and draw a picture; those that compare two trainings see a wrong layer."""
 
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import os
+import re
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
-from test_demo import environment
+import torch
+
+import lstm_ext
 
 pytestmark = pytest.mark.tools
 
@@ -21,7 +22,28 @@ TORCHRUN = [
     # a port that is free, on this machine
     *("--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--local-addr", "127.0.0.1"),
 ]
-
+# What an example prints, as patterns of whole lines.
+NUMBERS = r"  +[\d.,]+  +[\d.,]+.*"
+PRINTED = {
+    "forecast": [],
+    "tagger": [],
+    "streaming": [],
+    "data_parallel": [],
+    "char_lm": [
+        f"loss, epoch 1{NUMBERS}",
+        f"loss, epoch 2{NUMBERS}",
+        rf"characters per second \(training\){NUMBERS}",
+        r"peak memory of training \(MiB\)  +[\d.,-]+  +[\d.,-]+.*",
+        ".*sampled from the lstm_ext model.*",
+    ],
+    "recurrent_ppo": [
+        f"return, last eighth of the updates{NUMBERS}",
+        rf"time of one update \(ms\){NUMBERS}",
+        rf"time of one rollout \(ms\){NUMBERS}",
+        r"  returns of the first 5 updates +\S+   allowed \S+   ok",
+    ],
+}
+WITH_BARS = ("char_lm", "recurrent_ppo")
 
 # As on a machine that has torch and lstm_ext only.
 WITHOUT = """
@@ -35,16 +57,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
+    # Child processes import the lstm_ext that this process imports.
+    paths = [str(Path(lstm_ext.__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
+    more = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    more |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**environment(), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=300, env={**os.environ, **more}
     )
 
 
-@pytest.mark.parametrize("name", ["forecast", "tagger", "streaming", "data_parallel"])
+@pytest.mark.parametrize("name", PRINTED)
 def test_quick_run(name: str, tmp_path: Path) -> None:
     if name == "forecast" and importlib.util.find_spec("statsmodels") is None:
         pytest.skip("statsmodels, of the optional group `demo`, is not installed")
@@ -53,54 +75,22 @@ def test_quick_run(name: str, tmp_path: Path) -> None:
     done = run(*launcher, str(EXAMPLES / f"{name}.py"), "--quick", "--output", str(picture))
     assert done.returncode == 0, done.stdout + done.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert f"the picture is {picture}" in done.stdout
+    assert f"the picture is {picture}\n" in done.stdout
+    for line in PRINTED[name]:
+        assert re.search(f"^{line}$", done.stdout, re.MULTILINE), done.stdout
+    if name in WITH_BARS:  # which are readable in a log file
+        assert "100%" in done.stderr and "\r" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["tagger", "streaming", "recurrent_ppo", "char_lm"])
+@pytest.mark.parametrize("name", ["tagger", "streaming", *WITH_BARS])
 def test_nothing_else_is_needed(name: str, tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
     done = run("-c", WITHOUT, str(EXAMPLES / f"{name}.py"), "--quick", "--output", str(picture))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no picture, since matplotlib is not installed: pip install matplotlib\n" in done.stdout
     assert not picture.exists()
-    bar = name in ("recurrent_ppo", "char_lm")
-    assert done.stderr.count("no progress bar, since tqdm is not installed: pip install tqdm\n") == bar
-
-
-def test_the_streaming_loop_prints_a_histogram(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    streaming = importlib.import_module("streaming")
-    # Nearly all in one bin; one step in a hundred takes ten times as long, one longer than all bins.
-    slow = [10.0] * 990 + [100.0] * 9 + [1e6]
-    first, second, axis = streaming.histogram({"slow": slow, "fast": [5.0] * 1000}).split("\n")
-    assert first.startswith("slow          |") and second.startswith("fast          |")
-    bars = {"slow": first[15:-1], "fast": second[15:-1]}
-    assert {len(bar) for bar in bars.values()} == {streaming.COLUMNS}
-    assert bars["fast"].strip() == "█" and bars["slow"].count("█") == 1
-    edges = streaming.edges_of({"slow": slow, "fast": [5.0] * 1000}, streaming.COLUMNS)
-    for name, value in (("fast", 5.0), ("slow", 100.0)):
-        column = next(n for n in range(streaming.COLUMNS) if edges[n] <= value < edges[n + 1])
-        assert bars[name][column] in streaming.BARS
-    assert bars["slow"][-1] == "▁"
-    assert axis.startswith("microseconds")
-    assert axis.index("5 ") - 15 == bars["fast"].index("█")
-
-
-def test_legends_cover_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    plt = pytest.importorskip("matplotlib.pyplot")
-    plt.switch_backend("Agg")
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    latencies = {name: [1.0, 2.0, 900.0] for name in ("torch.nn.LSTM", "lstm_ext.LSTM")}
-    trainee = types.SimpleNamespace(returns=[0.0, 1.0], seconds={"update": [1.0, 2.0]})
-    trainees = dict.fromkeys(("loop", "resets", "perturbed"), trainee)
-    for name, shown, count in (("streaming", latencies, 1), ("recurrent_ppo", trainees, 2)):
-        figure = importlib.import_module(name).draw(plt, shown)
-        figure.canvas.draw()
-        legends = [*figure.legends, *filter(None, [axes.get_legend() for axes in figure.axes])]
-        assert len(legends) == count
-        for legend, axes in itertools.product(legends, figure.axes):
-            assert not legend.get_window_extent().overlaps(axes.get_window_extent()), name
-        plt.close(figure)
+    said = done.stderr.count("no progress bar, since tqdm is not installed: pip install tqdm\n")
+    assert said == (name in WITH_BARS)
 
 
 def test_data_parallel_alone_says_how_to_start_it() -> None:
@@ -109,3 +99,80 @@ def test_data_parallel_alone_says_how_to_start_it() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: start it with torchrun --nproc-per-node 2 ")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def example(request, monkeypatch):
+    """The module of an example, as when it is run by its name."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    spec = importlib.util.spec_from_file_location(
+        f"{request.param}_under_test", EXAMPLES / f"{request.param}.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    dtype = torch.get_default_dtype()
+    yield module
+    torch.set_default_dtype(dtype)
+
+
+def one_percent(lstm):
+    lstm.weight_hh_l0.register_hook(lambda grad: grad * 1.01)
+
+
+def wrong_result(lstm):
+    lstm.register_forward_hook(lambda module, args, result: (result[0] * 1.0005, result[1]))
+
+
+def resets_one_step_late(model):
+    unroll = model.unroll
+    model.unroll = lambda x, first, state: unroll(x, first.roll(1, 0), state)
+
+
+def gradient_crosses(model):
+    """The state is right, and its gradient goes on into the episode before."""
+
+    def unroll(x, first, state):
+        outputs = []
+        for x_t, first_t in zip(x, first, strict=True):
+            state = tuple(torch.where(first_t[:, None], s - s.detach(), s) for s in state)
+            y, state = model.lstm.step(x_t, state)
+            outputs.append(y)
+        return torch.stack(outputs)
+
+    model.unroll = unroll
+
+
+@pytest.mark.parametrize(
+    ("example", "fault", "arguments"),
+    [
+        ("char_lm", one_percent, ("--threads", "1", "--epochs", "1")),
+        ("char_lm", wrong_result, ("--threads", "1", "--epochs", "1")),
+        ("recurrent_ppo", resets_one_step_late, ("--updates", "2")),
+        ("recurrent_ppo", gradient_crosses, ("--updates", "2")),
+    ],
+    indirect=["example"],
+)
+def test_a_wrong_layer_is_seen(example, fault, arguments, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(
+        example, "peak_memory", lambda options: {"torch": None, "lstm_ext": None}, raising=False
+    )
+    options = example.parse_options(["--quick", *arguments, "--output", str(tmp_path / "x.png")])
+    assert example.run(options, tamper=fault) == 1
+    assert re.search(r"more than (float32 )?rounding explains", capfd.readouterr().err)
+
+
+@pytest.mark.parametrize("example", ["recurrent_ppo"], indirect=True)
+def test_both_updates_are_the_same_in_double(example):
+    """Three updates: the returns to the last bit, and the weights that come out."""
+    torch.set_default_dtype(torch.float64)
+    options = example.parse_options(["--quick", "--updates", "3", "--double"])
+    trainees = {kind: example.Trainee(kind, options) for kind in ("loop", "resets")}
+    example.train(trainees, options)
+    loop, ours = trainees["loop"], trainees["resets"]
+    assert loop.returns == ours.returns
+    pairs = zip(ours.first_gradients, loop.first_gradients, strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-14)
+    for a, b in zip(ours.model.parameters(), loop.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
