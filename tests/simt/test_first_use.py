@@ -111,6 +111,13 @@ def recorded() -> dict[str, Any] | None:
     return selftest_record.find(CPU)
 
 
+def choose_again() -> bool:
+    """As the next process does, which knows what the record says."""
+    cuda_kernels._chosen.clear()
+    cuda_kernels._found.clear()
+    return cuda_kernels.choose(CPU)
+
+
 @pytest.mark.parametrize("gpu", [("step", "persistent")], ids=["all"], indirect=True)
 def test_it_is_right(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_kernels, "CASES", CASES[:5])
@@ -122,8 +129,7 @@ def test_it_is_right(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     assert recorded()["passed"] == names and recorded()["failed"] == []
     calls = gpu.calls
     cuda_kernels.choose(CPU)  # once a process
-    cuda_kernels._chosen.clear()
-    cuda_kernels.choose(CPU)  # in the next one the record decides
+    choose_again()
     assert gpu.calls == calls
     assert len(gpu.validated) == 2 * 4
 
@@ -140,9 +146,7 @@ def test_a_wait_that_expires_is_no_verdict(gpu: StandIn) -> None:
     assert gpu.validated == RIGHT and recorded()["failed"] == []
     assert recorded()["passed"] == ["stepwise", "step", "step-tf32"]
     gpu.expired = False
-    cuda_kernels._chosen.clear()
-    cuda_kernels._found.clear()
-    cuda_kernels.choose(CPU)  # the next process tries it again
+    choose_again()
     assert gpu.validated[-2:] == [("persistent", False), ("persistent", True)]
 
 
@@ -151,18 +155,15 @@ def test_stepwise_is_compared_with_the_equations(gpu: StandIn, monkeypatch: pyte
     selftest_record.path().unlink()
     assert cuda_kernels.choose(CPU) and recorded()["passed"][0] == "stepwise"
     selftest_record.path().unlink()
-    cuda_kernels._chosen.clear()
-    cuda_kernels._found.clear()
     gpu.validated.clear()
     gpu.fault_of_stepwise = flip
     with pytest.warns(
         RuntimeWarning, match="'stepwise' is not used on cpu: it was wrong: .*output is .* off"
     ):
-        assert not cuda_kernels.choose(CPU)
+        assert not choose_again()
     assert gpu.validated == [] and recorded()["failed"] == ["stepwise"]
     assert not cuda_kernels.choose(CPU) and not cuda_kernels.outcome(CPU, "stepwise", torch.bfloat16)
-    cuda_kernels._chosen.clear()
-    assert not cuda_kernels.choose(CPU)  # never again on that device
+    assert not choose_again()  # never again on that device
 
 
 @pytest.mark.parametrize(
@@ -198,8 +199,7 @@ def test_nothing_runs_unchecked(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -
     with pytest.warns(RuntimeWarning, match="no kernel has been checked on cpu, and LSTM_EXT_CUDA_CHECK=0"):
         assert not cuda_kernels.choose(CPU)
     monkeypatch.setenv("LSTM_EXT_CUDA_KERNEL", "stepwise")  # unless the user asks for it
-    cuda_kernels._chosen.clear()
-    assert cuda_kernels.choose(CPU) and gpu.calls == 0
+    assert choose_again() and gpu.calls == 0
 
 
 def test_a_result_that_comes_with_the_release_decides(
@@ -215,15 +215,13 @@ def test_a_result_that_comes_with_the_release_decides(
     assert gpu.validated == RIGHT[:1] and gpu.calls == 0 and recorded()["passed"] == ["stepwise"]
     # Of other kernels it says nothing.
     selftest_record.commit(capability, "of others", ["step", "step-tf32"], [], "an older result")
-    cuda_kernels._chosen.clear()
-    cuda_kernels.choose(CPU)
+    choose_again()
     assert gpu.calls > 0 and recorded()["passed"] == ["stepwise", "step", "step-tf32"]
     # What the user's own card has found counts first.
     selftest_record.commit(capability, kernels, ["step", "step-tf32"], [], "a result")
     selftest_record.write(CPU, [], ["step"])
-    cuda_kernels._chosen.clear()
     gpu.validated.clear()
-    cuda_kernels.choose(CPU)
+    choose_again()
     assert gpu.validated == RIGHT[1:]
 
 
@@ -233,60 +231,51 @@ def flip(output: Tensor) -> Tensor:
     return output
 
 
-@pytest.mark.parametrize(
-    ("fault", "said"),
-    [
-        (lambda calls, output: flip(output), "output is .* off"),
-        (lambda calls, output: output * float("nan"), "output is nan off"),
-        (
-            lambda calls, output: flip(output) if calls > 2 + 1 else output,
-            "did not give the same bits",
-        ),
-    ],
-    ids=["wrong", "NaN", "now and then"],
-)
-def test_it_is_wrong(gpu: StandIn, fault: Any, said: str) -> None:
-    gpu.fault = fault
-    with pytest.warns(RuntimeWarning, match=f"'step' is not used on cpu: it was wrong: .*{said}"):
-        cuda_kernels.choose(CPU)
-    assert gpu.validated == [] and gpu.kernel == ""
-    assert recorded()["failed"] == ["step", "step-tf32"]
-    assert cuda_kernels.outcome(CPU, "step", torch.bfloat16) is False
-    gpu.calls = 0
-    cuda_kernels._chosen.clear()
-    cuda_kernels.choose(CPU)  # never again on that device
-    assert gpu.calls == 0 and gpu.validated == []
+# What a kernel that is tried gives, at the call of that number; what is said; and which kernels are in the record, as
+# right and as wrong.
+OUTCOMES = {
+    "wrong": (lambda calls, output: flip(output), "'step' .* wrong: .*output is .* off", [], ["step", "step-tf32"]),
+    "NaN": (lambda calls, output: output * float("nan"), "'step' .*output is nan off", [], ["step", "step-tf32"]),
+    "now and then": (
+        lambda calls, output: flip(output) if calls > 2 + 1 else output,
+        "'step' .*did not give the same bits", [], ["step", "step-tf32"],
+    ),
+    # What float32 does says nothing about 16 bits.
+    "one of them": (
+        lambda calls, output: flip(output) if output.dtype == torch.float32 else output,
+        "'step-tf32' is not used on cpu: it was wrong", ["step"], ["step-tf32"],
+    ),
+    # No memory, say, which is no verdict.
+    "error": (
+        lambda calls, output: 1 / 0,
+        "'step' is not used on cpu: it could not be tried: ZeroDivisionError: division by zero", [], [],
+    ),
+}  # fmt: skip
 
 
-def test_only_one_of_them_is_wrong(gpu: StandIn) -> None:
-    """What float32 does says nothing about 16 bits."""
-    gpu.fault = lambda calls, output: flip(output) if output.dtype == torch.float32 else output
-    with pytest.warns(RuntimeWarning, match="'step-tf32' is not used on cpu: it was wrong"):
-        cuda_kernels.choose(CPU)
-    assert gpu.validated == RIGHT[:1]
-    assert (recorded()["passed"], recorded()["failed"]) == (["stepwise", "step"], ["step-tf32"])
-
-
-def test_it_cannot_be_tried(gpu: StandIn) -> None:
-    """No memory, say. That is no verdict."""
-    gpu.fault = lambda calls, output: 1 / 0
-    said = "'step' is not used on cpu: it could not be tried: ZeroDivisionError: division by zero"
+@pytest.mark.parametrize("name", OUTCOMES)
+def test_what_a_trial_finds(gpu: StandIn, name: str) -> None:
+    gpu.fault, said, right, wrong = OUTCOMES[name]
     with pytest.warns(RuntimeWarning, match=said):
         cuda_kernels.choose(CPU)
-    assert gpu.validated == [] and recorded()["passed"] == ["stepwise"] and gpu.kernel == ""
+    assert gpu.validated == RIGHT[: len(right)] and gpu.kernel == ""
+    assert (recorded()["passed"], recorded()["failed"]) == (["stepwise", *right], wrong)
+    if len(wrong) == 2:
+        assert cuda_kernels.outcome(CPU, "step", torch.bfloat16) is False
+        gpu.calls = 0
+        choose_again()  # never again on that device
+        assert gpu.calls == 0 and gpu.validated == []
 
 
-def test_there_is_no_time(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fewest", [None, 0])
+def test_there_is_no_time(gpu: StandIn, monkeypatch: pytest.MonkeyPatch, fewest: int | None) -> None:
+    """Or for the fewest repeats only."""
     monkeypatch.setattr(cuda_kernels, "LIMIT", -1)
+    if fewest is not None:
+        monkeypatch.setattr(cuda_kernels, "FEWEST_REPEATS", fewest)
     cuda_kernels.choose(CPU)
-    assert gpu.validated == [] and recorded()["passed"] == ["stepwise"] and gpu.kernel == ""
-
-
-def test_there_is_time_for_a_few(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_kernels, "LIMIT", -1)
-    monkeypatch.setattr(cuda_kernels, "FEWEST_REPEATS", 0)
-    cuda_kernels.choose(CPU)
-    assert gpu.validated == RIGHT and recorded()["passed"] == ["stepwise", "step", "step-tf32"]
+    right = [] if fewest is None else ["step", "step-tf32"]
+    assert gpu.validated == RIGHT[: len(right)] and recorded()["passed"] == ["stepwise", *right]
 
 
 @pytest.mark.filterwarnings("error")
@@ -306,13 +295,11 @@ def test_somebody_has_decided(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("LSTM_EXT_CUDA_CHECK", "0")
     cuda_kernels.choose(CPU)
     selftest_record.write(CPU, ["stepwise", "step"], [])
-    cuda_kernels._chosen.clear()
-    cuda_kernels.choose(CPU)  # it asks for no more than a record
+    choose_again()  # it asks for no more than a record
     assert gpu.validated.pop() == RIGHT[0]
-    cuda_kernels._chosen.clear()
     monkeypatch.delenv("LSTM_EXT_CUDA_CHECK")
     monkeypatch.setenv("LSTM_EXT_CUDA_KERNEL", "stepwise")
-    cuda_kernels.choose(CPU)
+    choose_again()
     assert gpu.calls == 0 and gpu.validated == []
 
 
