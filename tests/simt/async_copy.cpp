@@ -48,7 +48,6 @@ void cp_async16(void* shared, const void* global, unsigned source_bytes, const c
     fail("cp.async reads what the launch in front of this one may still write: grid_dependency_wait comes later", file,
          line);
   }
-  ++statistics().copies;
   if (source_bytes > 0) race::access(*current, global, source_bytes, /*writes=*/false, file, line);
   race::asynchronous_write(*current, shared, kBytes, file, line);
   current->open_group.push_back({static_cast<char*>(shared), static_cast<const char*>(global), source_bytes, false});
@@ -69,11 +68,6 @@ void cp_async_wait(unsigned groups_left, const char* file, int line) {
   const size_t finished = groups.size() - groups_left;
   for (size_t i = 0; i < finished; ++i) finish(groups[i]);
   groups.erase(groups.begin(), groups.begin() + static_cast<ptrdiff_t>(finished));
-}
-
-void cp_async_wait_all(const char* file, int line) {
-  cp_async_commit(file, line);
-  cp_async_wait(0, file, line);
 }
 
 }  // namespace simt

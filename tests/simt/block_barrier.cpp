@@ -20,7 +20,6 @@ void syncthreads(const char* file, int line) {
   }
   barrier.waiting.push_back(&thread);
   if (barrier.waiting.size() == block.size) {
-    ++statistics().barriers;
     note_progress();
     race::meet(barrier.waiting.data(), barrier.waiting.size());
     weak::meet(barrier.waiting.data(), barrier.waiting.size());

@@ -60,7 +60,7 @@ void grid_dependency_wait(const char* file, int line);
 
 // ---- of a warp
 
-enum class Shuffle { Index, Up, Down, Xor };
+enum class Shuffle { Index, Down, Xor };
 
 void syncwarp(uint32_t mask, const char* file, int line);
 // The value of the lane named; the own one where the lane lies outside the segment of `width` lanes.
@@ -84,14 +84,12 @@ uint32_t to_tf32(float value);
 void cp_async16(void* shared, const void* global, unsigned source_bytes, const char* file, int line);
 void cp_async_commit(const char* file, int line);
 void cp_async_wait(unsigned groups_left, const char* file, int line);
-void cp_async_wait_all(const char* file, int line);
 
 // ---- shared memory (shared_memory.cpp)
 
 // The array that `key` stands for, in the block of the thread that runs.
 void* shared_array(const void* key, size_t bytes, size_t alignment, const char* name);
 void* dynamic_shared();
-size_t dynamic_shared_bytes();
 // 32-bit shared addresses, as PTX has them: within the block of the thread that runs.
 uint32_t shared_address(const void* pointer, const char* file, int line);
 void* shared_pointer(uint32_t address, const char* file, int line);

@@ -48,19 +48,12 @@ struct Options {
   size_t stack_bytes = 0;          // of a thread; 0: enough for this build
 };
 
-// What launches did, for tests that want to know that a mode was exercised.
+// What launches did.
 struct Statistics {
   uint64_t launches = 0;
-  uint64_t refused = 0;  // for more blocks than Options::cooperative_blocks
-  uint64_t switches = 0;
-  uint64_t barriers = 0;
-  uint64_t polls = 0;
+  uint64_t refused = 0;          // for more blocks than Options::cooperative_blocks
   uint64_t polls_of_launch = 0;  // of the last one
-  uint64_t mmas = 0;
-  uint64_t copies = 0;
-  uint64_t stores = 0;       // relaxed ones that were not seen by all at once
-  uint64_t stale_loads = 0;  // loads that found something older than the newest
-  uint64_t pieces = 0;       // relaxed stores of 16 bytes
+  uint64_t pieces = 0;           // relaxed stores of 16 bytes
 };
 
 Options options_of_environment();

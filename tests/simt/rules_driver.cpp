@@ -1,7 +1,9 @@
 // Every rule of the emulator, each broken by a kernel of its own: `rules_driver` runs them all and looks for the
-// message.
+// message. What orders accesses and what does not, with the race detector's verdict: `rules_driver race`, in race
+// builds.
 //
 // Kernels take a Words: some memory to write to, and nothing that matters.
+#include <algorithm>
 #include <string>
 #include <vector>
 
@@ -17,6 +19,9 @@ constexpr unsigned kAll = 0xffffffffu;
 struct Words {
   uint32_t* words;
   uint64_t count;
+  uint32_t* flag;
+  const uint32_t* constants;
+  uint16_t* halves;
 };
 
 struct Rule {
@@ -157,11 +162,11 @@ void write_at(uint32_t* array, int64_t index) {
 }
 LSTM_KERNEL past_a_static_array(Words w) {
   LSTM_SHARED(uint32_t, array, 7);
-  write_at(array, static_cast<int64_t>(w.count) / 8 - 1);
+  write_at(array, static_cast<int64_t>(w.count) / 32 - 1);
 }
 LSTM_KERNEL before_a_static_array(Words w) {
   LSTM_SHARED(uint32_t, array, 7);
-  write_at(array, -static_cast<int64_t>(w.count) / 64);
+  write_at(array, -static_cast<int64_t>(w.count) / 256);
 }
 LSTM_KERNEL past_dynamic_memory(Words) {
   LSTM_DYNAMIC_SHARED(uint32_t, array);
@@ -185,9 +190,229 @@ LSTM_KERNEL nothing(Words) {}
 LSTM_KERNEL launching(Words w) { launch(nothing, shape(1, 1), w); }
 LSTM_KERNEL throwing(Words) { throw std::runtime_error("out of cheese"); }
 
+unsigned me() { return threadIdx.x; }
+unsigned neighbour() { return (threadIdx.x + 1) % blockDim.x; }
+
+// ---- accesses within a block, for the race detector
+
+template <bool ordered>
+LSTM_KERNEL block_barrier(Words d) {
+  LSTM_SHARED(uint32_t, array, 64);
+  array[me()] = me();
+  if (ordered) __syncthreads();
+  d.words[me()] = array[neighbour()];
+}
+template <bool ordered>
+LSTM_KERNEL warp_barrier(Words d) {
+  LSTM_SHARED(uint32_t, array, 64);
+  array[me()] = me();
+  if (ordered) __syncwarp();
+  d.words[me()] = array[me() ^ 1];
+}
+LSTM_KERNEL warp_barrier_for_a_block(Words d) {
+  LSTM_SHARED(uint32_t, array, 64);
+  array[me()] = me();
+  __syncwarp();
+  d.words[me()] = array[me() ^ 32];
+}
+LSTM_KERNEL half_a_warp(Words d) {
+  LSTM_SHARED(uint32_t, array, 64);
+  array[me()] = me();
+  if (me() % 32 < 16) {
+    __syncwarp(0x0000ffffu);
+    d.words[me()] = array[me() ^ 1];
+  }
+}
+// The values of a shuffle arrive, other memory does not.
+LSTM_KERNEL shuffle_as_barrier(Words d) {
+  LSTM_SHARED(uint32_t, array, 64);
+  array[me()] = me();
+  __shfl_xor_sync(kAll, 1, 1);
+  d.words[me()] = array[me() ^ 1];
+}
+LSTM_KERNEL read_before_overwritten(Words d) {
+  LSTM_SHARED(uint32_t, array, 64);
+  array[me()] = me();
+  __syncthreads();
+  d.words[me()] = array[neighbour()];
+  array[me()] = 0;
+}
+LSTM_KERNEL same_value_twice(Words d) { d.words[0] = 1; }
+LSTM_KERNEL neighbouring_halves(Words d) { d.halves[me() + blockIdx.x * 64] = 1; }
+LSTM_KERNEL neighbouring_bytes(Words d) {
+  LSTM_SHARED(uint8_t, bytes, 64);
+  bytes[me()] = 1;
+  d.words[me() + blockIdx.x * 64] = bytes[me()];
+}
+
+// ---- accesses between blocks
+
+LSTM_KERNEL blocks_apart(Words d) { d.words[blockIdx.x * 64 + me()] = 1; }
+LSTM_KERNEL blocks_on_each_other(Words d) {
+  __syncthreads();
+  d.words[me()] = blockIdx.x;
+}
+LSTM_KERNEL atomics_together(Words d) {
+  atomicAdd(d.words, 1u);
+  atomicExch(d.words, me());
+}
+LSTM_KERNEL atomic_beside_plain(Words d) {
+  if (blockIdx.x == 0) {
+    atomicAdd(d.words, 1u);
+  } else if (me() == 0) {
+    d.words[0] = 5;
+  }
+}
+
+enum class Fences { Both, NoneBefore, NoneAfter, FlagFirst };
+
+template <Fences fences>
+LSTM_KERNEL message_passing(Words d) {
+  if (me() != 0) return;
+  if (blockIdx.x == 0) {
+    if (fences == Fences::FlagFirst) store_relaxed(d.flag, 1);
+    d.words[7] = 1;
+    if (fences != Fences::NoneBefore) __threadfence();
+    if (fences != Fences::FlagFirst) store_relaxed(d.flag, 1);
+    return;
+  }
+  while (load_relaxed(d.flag) == 0) {
+  }
+  if (fences != Fences::NoneAfter) __threadfence();
+  d.words[8] = d.words[7];
+}
+
+// Pieces of a mailbox are strong accesses: no race on them, nor on a word of them. What is around them is not ordered.
+enum class Piece { Alone, Word, WithData, WithFences, Plain };
+
+template <Piece piece>
+LSTM_KERNEL pieces(Words d) {
+  uint32_t* place = d.words + 16;
+  if (me() != 0) return;
+  if (blockIdx.x == 0) {
+    if (piece == Piece::WithData || piece == Piece::WithFences) d.words[7] = 1;
+    if (piece == Piece::WithFences) __threadfence();
+    store_relaxed_16(place, make_uint4(1, 1, 1, 1));
+    return;
+  }
+  if (piece == Piece::Word) {
+    while (load_relaxed(place + 3) == 0) {
+    }
+  } else if (piece == Piece::Plain) {
+    d.words[8] = place[3];
+  } else {
+    while (load_relaxed_16(place).w == 0) {
+    }
+  }
+  if (piece == Piece::WithFences) __threadfence();
+  if (piece == Piece::WithData || piece == Piece::WithFences) d.words[8] = d.words[7];
+}
+
+// A counter that all add to, as in a grid barrier.
+LSTM_KERNEL counting(Words d) {
+  d.words[blockIdx.x] = 1;
+  __threadfence();
+  atomicAdd(d.flag, 1u);
+  while (load_relaxed(d.flag) < gridDim.x) {
+  }
+  __threadfence();
+  uint32_t sum = 0;
+  for (unsigned block = 0; block < gridDim.x; ++block) sum += d.words[block];
+  checks::expect(sum == gridDim.x, "all blocks have counted");
+}
+
+// As nvcc's PTX has it.
+uint32_t read_only(const uint32_t* word) {
+  simt::before_read_only_load(word, sizeof *word, __FILE__, __LINE__);
+  return *word;
+}
+LSTM_KERNEL constants_read_only(Words d) { d.words[me() + blockIdx.x * 64] = read_only(d.constants + me()); }
+LSTM_KERNEL own_data_read_only(Words d) {
+  if (blockIdx.x > 0) return;
+  d.words[me()] = 1;
+  __syncthreads();
+  d.words[me()] = read_only(d.words + me());
+}
+
+// ---- accesses of asynchronous copies
+
+enum class Copy { Waited, NoBarrier, NoWait, WrongGroup };
+
+template <Copy copy>
+LSTM_KERNEL copying(Words d) {
+  LSTM_SHARED(uint32_t, array, 256);
+  cp_async16(array + 4 * me(), d.constants + me() / 4 * 4, 16);
+  cp_async_commit();
+  if (copy == Copy::WrongGroup) {
+    cp_async_wait<1>();
+  } else if (copy != Copy::NoWait) {
+    cp_async_wait<0>();
+  }
+  if (copy != Copy::NoBarrier) __syncthreads();
+  d.words[me()] = array[4 * neighbour()];
+  cp_async_wait<0>();
+}
+LSTM_KERNEL own_copy_before_the_wait(Words d) {
+  LSTM_SHARED(uint32_t, array, 256);
+  cp_async16(array + 4 * me(), d.constants + me() / 4 * 4, 16);
+  cp_async_commit();
+  d.words[me()] = array[4 * me()];
+  cp_async_wait<0>();
+}
+LSTM_KERNEL copy_over_what_is_read(Words d) {
+  LSTM_SHARED(uint32_t, array, 256);
+  array[4 * me()] = 1;
+  __syncthreads();
+  d.words[me()] = array[4 * neighbour()];
+  cp_async16(array + 4 * me(), d.constants + me() / 4 * 4, 16);
+  cp_async_commit();
+  cp_async_wait<0>();
+}
+
 LaunchConfig cooperative(LaunchConfig config) {
   config.cooperative = true;
   return config;
+}
+
+constexpr const char* kRace = "racy accesses";
+
+const std::vector<Rule>& races() {
+  static const std::vector<Rule> all = {
+      {"block_barrier", block_barrier<true>, shape(1, 64), ""},
+      {"no_block_barrier", block_barrier<false>, shape(1, 64), kRace},
+      {"warp_barrier", warp_barrier<true>, shape(1, 64), ""},
+      {"no_warp_barrier", warp_barrier<false>, shape(1, 64), kRace},
+      {"warp_barrier_for_a_block", warp_barrier_for_a_block, shape(1, 64), kRace},
+      {"half_a_warp", half_a_warp, shape(1, 64), ""},
+      {"shuffle_as_barrier", shuffle_as_barrier, shape(1, 64), kRace},
+      {"read_before_overwritten", read_before_overwritten, shape(1, 64), kRace},
+      {"same_value_twice", same_value_twice, shape(1, 64), kRace},
+      {"neighbouring_halves", neighbouring_halves, shape(2, 64), ""},
+      {"neighbouring_bytes", neighbouring_bytes, shape(2, 64), ""},
+      {"blocks_apart", blocks_apart, shape(2, 64), ""},
+      {"blocks_on_each_other", blocks_on_each_other, shape(2, 64), kRace},
+      {"atomics_together", atomics_together, shape(2, 64), ""},
+      {"atomic_beside_plain", atomic_beside_plain, shape(2, 64), kRace},
+      {"fences", message_passing<Fences::Both>, shape(2, 32), ""},
+      {"no_fence_before", message_passing<Fences::NoneBefore>, shape(2, 32), kRace},
+      {"no_fence_after", message_passing<Fences::NoneAfter>, shape(2, 32), kRace},
+      {"flag_first", message_passing<Fences::FlagFirst>, shape(2, 32), kRace},
+      {"pieces", pieces<Piece::Alone>, shape(2, 32), ""},
+      {"word_of_a_piece", pieces<Piece::Word>, shape(2, 32), ""},
+      {"piece_with_data", pieces<Piece::WithData>, shape(2, 32), kRace},
+      {"piece_with_data_and_fences", pieces<Piece::WithFences>, shape(2, 32), ""},
+      {"piece_read_plainly", pieces<Piece::Plain>, shape(2, 32), kRace},
+      {"counting", counting, shape(8, 1), ""},
+      {"constants_read_only", constants_read_only, shape(2, 64), ""},
+      {"own_data_read_only", own_data_read_only, shape(2, 64), kRace},
+      {"copy", copying<Copy::Waited>, shape(1, 64), ""},
+      {"copy_without_barrier", copying<Copy::NoBarrier>, shape(1, 64), kRace},
+      {"copy_without_wait", copying<Copy::NoWait>, shape(1, 64), kRace},
+      {"copy_of_the_wrong_group", copying<Copy::WrongGroup>, shape(1, 64), kRace},
+      {"own_copy_before_the_wait", own_copy_before_the_wait, shape(1, 64), kRace},
+      {"copy_over_what_is_read", copy_over_what_is_read, shape(1, 64), kRace},
+  };
+  return all;
 }
 
 // Where a broken rule is a wild access, ASan ends the program, as it should: see wild_rules.
@@ -259,13 +484,18 @@ bool says(const std::string& text, const std::string& message) {
   }
 }
 
-void check(const Rule& rule) {
-  simt::DeviceBuffer<uint32_t> words(64, 0u, "words");
+void check(const Rule& rule, unsigned resident_blocks) {
+  simt::DeviceBuffer<uint32_t> words(256, 0u, "words"), flag(1, 0u, "flag"), constants(64, 3u, "constants");
+  simt::DeviceBuffer<uint16_t> halves(256, uint16_t{0}, "halves");
   std::string said;
-  // Enough room for every block is a condition of cooperative launches only.
-  simt::options().resident_blocks = std::string(rule.name) == "nothing" ? 0 : 2;
+  simt::options().resident_blocks = resident_blocks;
   try {
-    launch(rule.kernel, rule.config, Words{words.data(), words.size()});
+    // Twice: one launch is ordered after the other.
+    for (int n = 0; n < 2; ++n) {
+      launch(rule.kernel, rule.config, Words{words.data(), words.size(), flag.data(), constants.data(), halves.data()});
+      flag[0] = 0;
+      std::fill(words.begin(), words.end(), 0u);
+    }
   } catch (const simt::Error& error) {
     said = error.what();
   }
@@ -276,14 +506,22 @@ void check(const Rule& rule) {
 }  // namespace
 
 // rules_driver: all rules that are not about wild accesses. rules_driver wild: those too. rules_driver NAME: one.
+// rules_driver race: those of the race detector.
 int main(int count, char** words) {
   const std::string which = count > 1 ? words[1] : "";
+  if (which == "race" && !simt::race::enabled) {
+    std::printf("not a race build\n");
+    return 64;
+  }
   int checked = 0;
-  for (const auto* list : {&rules(), &wild_rules()}) {
+  for (const auto* list : {&rules(), &wild_rules(), &races()}) {
     for (const Rule& rule : *list) {
-      const bool wanted = which == rule.name || which == "wild" || (which.empty() && list == &rules());
+      const bool of_races = list == &races();
+      const bool wanted =
+          of_races ? which == "race" : which == rule.name || which == "wild" || (which.empty() && list == &rules());
       if (!wanted) continue;
-      check(rule);
+      // Enough room for every block is a condition of cooperative launches only.
+      check(rule, of_races || std::string(rule.name) == "nothing" ? 0 : 2);
       ++checked;
     }
   }

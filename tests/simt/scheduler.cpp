@@ -82,7 +82,6 @@ void resume(Thread& thread) {
   current = &thread;
   threadIdx = thread.index;
   blockIdx = thread.block->index;
-  ++statistics().switches;
   ++machine.clock;
   switch_context(machine.main, thread.context);
   current = nullptr;
@@ -158,7 +157,6 @@ void wait_here(const char* doing, const char* file, int line) {
 }
 
 void poll(const char* file, int line) {
-  ++statistics().polls;
   ++statistics().polls_of_launch;
   const uint64_t polls = ++machine.polls_without_progress;
   // All that can run have polled once: nobody is about to do anything else.

@@ -116,8 +116,6 @@ void* shared_array(const void* key, size_t bytes, size_t alignment, const char* 
 
 void* dynamic_shared() { return current->block->shared + kDynamicOffset; }
 
-size_t dynamic_shared_bytes() { return machine.config.dynamic_shared; }
-
 uint32_t shared_address(const void* pointer, const char* file, int line) {
   if (block_of(pointer) != current->block) fail("the address is not in this block's shared memory", file, line);
   return static_cast<uint32_t>(static_cast<const char*>(pointer) - current->block->shared);

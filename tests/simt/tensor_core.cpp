@@ -79,7 +79,6 @@ float truncated_sum(const float* a, const float* b, int depth, float c) {
 
 template <Operand type>
 void multiply(Collective::Slot* slots) {
-  ++statistics().mmas;
   constexpr int K = kDepth<type>;
   constexpr int P = type == Operand::TF32 ? 1 : 2;
   float a[16][K];

@@ -50,7 +50,7 @@ def test_rules(mode: str) -> None:
 @pytest.mark.tools
 @pytest.mark.parametrize("mode", ["race", "race-random"])
 def test_race_detector(mode: str) -> None:
-    assert_passes("race_driver", mode=mode)
+    assert_passes("rules_driver", "race", mode=mode)
 
 
 def test_stores_that_are_seen_late() -> None:

@@ -82,7 +82,8 @@ SOME = {
 )
 def test_the_same_bits(mode: str, kernels: str) -> None:
     some = Mode(MODES[mode].build, MODES[mode].environments[: SOME.get((mode, kernels))])
-    assert not problems_in(some, KERNELS[kernels])
+    problems = problems_in(some, KERNELS[kernels])
+    assert not problems, "\n".join(problems)
 
 
 @pytest.mark.full

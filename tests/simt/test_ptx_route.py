@@ -116,20 +116,19 @@ def counted(text: str) -> dict[tuple[str, int, str], tuple[int, int, int]]:
 
 def test_wavefronts_of_known_patterns() -> None:
     """Each line of the kernel says what its access costs."""
-    source = HERE / "bank_patterns.cuh"
+    source = HERE / "wrappers.cuh"
     known = {
         number: tuple(map(int, found.groups()))
         for number, line in enumerate(source.read_text().splitlines(), 1)
         if (found := re.search(r"// (\d+) of (\d+)$", line))
     }
-    program = build.compile_ptx_driver(
-        HERE / "bank_patterns_driver.cpp", [translated(HERE / "bank_patterns.cu")]
-    )
+    program = build.compile_ptx_driver(HERE / "wrappers_driver.cpp", [translated(HERE / "wrappers.cu")])
     status, text = run(program, SIMT_WAVEFRONTS="yes")
     assert status == 0, text
     found = {
         line: (wavefronts / accesses, least / accesses)
-        for (_, line, _), (accesses, wavefronts, least) in counted(text).items()
+        for (file, line, _), (accesses, wavefronts, least) in counted(text).items()
+        if file == source.name and line in known
     }
     assert found == known and len(known) > 12
     assert not counted(run(program)[1])

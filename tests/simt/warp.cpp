@@ -24,7 +24,6 @@ unsigned source_lane(Shuffle kind, unsigned lane, uint32_t argument, unsigned wi
   const unsigned within = lane & (width - 1);
   switch (kind) {
     case Shuffle::Index: return first + (argument & (width - 1));
-    case Shuffle::Up: return within < argument ? lane : lane - argument;
     case Shuffle::Down: return argument >= width - within ? lane : lane + argument;
     case Shuffle::Xor: return (within ^ argument) >= width ? lane : first + (within ^ argument);
   }

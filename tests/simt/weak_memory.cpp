@@ -98,7 +98,6 @@ void begin_store(const Thread& thread, char* address, const char* value, unsigne
 void load(const Thread& thread, void* value, const void* address, unsigned bytes) {
   std::memcpy(value, address, bytes);
   if (words.empty() || bytes % kWord != 0) return;
-  bool stale = false;
   for (unsigned at = 0; at < bytes; at += kWord) {
     const char* place = static_cast<const char*>(address) + at;
     const auto found = words.find(place);
@@ -110,9 +109,7 @@ void load(const Thread& thread, void* value, const void* address, unsigned bytes
     if (newest == versions.rbegin()) continue;
     const uint32_t seen = newest == versions.rend() ? found->second.before : newest->value;
     std::memcpy(static_cast<char*>(value) + at, &seen, kWord);
-    stale = true;
   }
-  if (stale) ++statistics().stale_loads;
 }
 
 void store(Thread& thread, void* address, const void* value, unsigned bytes, unsigned part) {
@@ -121,7 +118,6 @@ void store(Thread& thread, void* address, const void* value, unsigned bytes, uns
     std::memcpy(address, value, bytes);
     return;
   }
-  ++statistics().stores;
   const unsigned at_once = options().torn ? std::max(part, kWord) : bytes;
   for (unsigned at = 0; at < bytes; at += at_once) {
     begin_store(thread, static_cast<char*>(address) + at, static_cast<const char*>(value) + at, at_once);

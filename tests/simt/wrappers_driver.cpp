@@ -18,6 +18,7 @@ void run(const char* name, void (*kernel)(Arguments), unsigned blocks = 1) {
   lstm_ext::cuda::LaunchConfig config;
   config.grid = dim3(blocks);
   config.block = dim3(32);
+  config.dynamic_shared = 8192;
   config.cooperative = true;
   std::printf("%s:", name);
   try {
@@ -47,4 +48,5 @@ int main() {
   run("handover_of_a_piece", wrappers::handover_of_a_piece, 2);
   run("now", wrappers::piece_that_never_comes);
   run("handover", wrappers::handover, 2);
+  run("wavefronts", wrappers::patterns);
 }
