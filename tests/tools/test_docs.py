@@ -15,8 +15,6 @@ from matrix.routes import ROUTES
 
 import lstm_ext
 
-pytestmark = pytest.mark.pages
-
 ROOT = Path(__file__).resolve().parents[2]
 TOP = [ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md")]
 PAGES = [*TOP, *sorted((ROOT / "docs").rglob("*.md"))]
@@ -34,6 +32,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+@pytest.mark.pages
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links(page: Path) -> None:
     for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
@@ -45,6 +44,7 @@ def test_links(page: Path) -> None:
         assert not anchor or anchor in anchors(target), link
 
 
+@pytest.mark.pages
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_named_files(page: Path) -> None:
     """In code spans, outside of the changelog's past."""
@@ -62,6 +62,7 @@ def test_named_files(page: Path) -> None:
             assert any([path.endswith(f"/{name.lstrip('/')}") for path in known]), f"{name} in `{span}`"
 
 
+@pytest.mark.pages
 def test_every_public_name_is_in_the_reference() -> None:
     pages = "".join([page.read_text() for page in (ROOT / "docs" / "api").glob("*.md")])
     documented = set(re.findall(r"^\.\. auto\w+:: (\S+)$", pages, flags=re.MULTILINE))
@@ -73,6 +74,7 @@ def test_every_public_name_is_in_the_reference() -> None:
     assert documented == faces | names
 
 
+@pytest.mark.pages
 def test_the_reference_says_what_each_name_is_without_a_site() -> None:
     """In the words of the docstring."""
     for page in (ROOT / "docs" / "api").glob("*.md"):
@@ -84,6 +86,7 @@ def test_the_reference_says_what_each_name_is_without_a_site() -> None:
             assert f"{re.sub(':[a-z]+:`', '`', summary)}\n" in prose(page), (page.name, name)
 
 
+@pytest.mark.pages
 def test_names_of_torch_that_the_site_links_to_exist() -> None:
     lines = (ROOT / "docs" / "names_torch.txt").read_text().splitlines()
     assert lines[0] == "# Sphinx inventory version 1"
