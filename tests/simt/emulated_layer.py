@@ -66,6 +66,15 @@ def same(a: Tensor, b: Tensor) -> bool:
     return numbers and torch.equal(a.isnan(), b.isnan())
 
 
+def call_of(layer: Layer, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What the module's functions take of a dense layer with biases."""
+    learned = [t if t is None else t.to(dtype) for t in layer.learned()]
+    options = layer.options(dtype, learned) or internals.LayerOptions()
+    options = stepwise_module().LayerOptions(**options.as_keywords())
+    tensors = [t.to(dtype) for t in (layer.input, layer.h0, layer.c0)]
+    return (*tensors, [w.to(dtype) for w in layer.weights], None, True, layer.case.bidirectional, options)
+
+
 def emulated(
     layer: Layer, dtype: torch.dtype, tf32: bool = False, kernel: str = "stepwise", **device: Any
 ) -> dict[str, Tensor]:
@@ -199,13 +208,9 @@ def with_a_lost_piece(case: Case, dtype: torch.dtype, backward: bool) -> str:
     """What is wrong with it. Nobody takes what the launch leaves for results, nor what those behind it leave, which do
     not wait."""
     layer, steps, H = Layer(case, dtype, 0), case.steps // 3, case.hidden_size
-    options = layer.options(dtype, layer.learned()) or internals.LayerOptions()
-    options = stepwise_module().LayerOptions(**options.as_keywords())
-    weights = [w.to(dtype) for w in layer.weights]
-    call = (layer.input.to(dtype), layer.h0.to(dtype), layer.c0.to(dtype), weights, None, True)
-    call = (*call, case.bidirectional, options)
+    call = call_of(layer, dtype)
     grads = [*(g.to(dtype) for g in layer.grads), None, None]
-    needs_grad = [True] * (3 + len(weights)) + [False] * 2
+    needs_grad = [True] * (3 + len(layer.weights)) + [False] * 2
     with emulated_device(
         dtype == torch.float32, case.chunk_bytes, "persistent", wait_limit=WAIT_LIMIT
     ) as module:

@@ -16,6 +16,7 @@ from emulated_layer import (
     CHUNK_CASES,
     LARGE_CASES,
     STEP_CASES,
+    call_of,
     emulated,
     emulated_device,
     stepwise_module,
@@ -136,19 +137,14 @@ def test_launches_of_a_step():
     ) -> tuple[int, int]:
         case = Case(steps=steps, hidden_size=16, bidirectional=both, resets=resets)
         layer = cases.layer(case, torch.bfloat16, 0)
-        weights = [w.bfloat16() for w in layer.weights]
-        learned = [t if t is None else t.bfloat16() for t in layer.learned()]
-        options = layer.options(torch.bfloat16, learned) or internals.LayerOptions()
-        call = (layer.input.bfloat16(), layer.h0.bfloat16(), layer.c0.bfloat16(), weights, None, True, both)
+        call = call_of(layer, torch.bfloat16)
         with emulated_device(chunk_bytes=chunk, kernel=kernel) as module:
-            call = (*call, module.LayerOptions(**options.as_keywords()))
             module.launches()
             *results, saved = module.lstm_layer_forward(*call, True)
             forward = module.launches()
             grads = [torch.ones_like(results[0]), None, None, None, None]
-            module.lstm_layer_backward(
-                *call, *grads, results[0], saved, [True] * (3 + len(weights)) + [False] * 2
-            )
+            needs_grad = [True] * (3 + len(layer.weights)) + [False] * 2
+            module.lstm_layer_backward(*call, *grads, results[0], saved, needs_grad)
             return module.launches() if backward else forward
 
     for backward in (False, True):
@@ -175,11 +171,9 @@ def test_launches_of_a_step():
 @pytest.mark.parametrize("kernel", ["step", "persistent"])
 def test_a_backward_pass_goes_on_where_the_kernel_cannot(kernel):
     """What the forward pass has saved is the same for all of them."""
-    layer = cases.layer(Case(), torch.float64, 0)
-    call = (layer.input, layer.h0, layer.c0, layer.weights, None, True, False)
+    call = call_of(cases.layer(Case(), torch.float64, 0), torch.float64)
     gradients = []
     with emulated_device() as module:
-        call = (*call, module.LayerOptions())
         *results, saved = module.lstm_layer_forward(*call, True)
     grads = [torch.ones_like(results[0]), None, None, None, None]
     for name in ("stepwise", kernel):

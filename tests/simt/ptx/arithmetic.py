@@ -75,7 +75,9 @@ def sign(f: Emitter, m: Modifiers, i: Instruction) -> str:
     kind = m.type()
     if is_float(kind):
         return float_call(f, m, i, f"float_{m.name}", kind, kind)
-    return f.assign(i.operands[0], kind, f"integer_{m.name}<{kind}>({f.value(i.operands[1], kind)})")
+    if m.name == "abs":
+        raise i.error(f"not supported for {kind}")
+    return f.assign(i.operands[0], kind, f"integer_neg<{kind}>({f.value(i.operands[1], kind)})")
 
 
 @handles("ex2", "rcp", "sqrt")
