@@ -3,14 +3,15 @@
     python tests/tools/soak.py                              # six modes, 50,000 calls each
     python tests/tools/soak.py frozen --calls 1000 --seed 2 # one mode, fewer calls, other sizes
 
-Sizes and options are drawn by the seed. Every tenth result must have the bits of the first call of its case. After a
-fifth of the calls of a mode, the process must not grow by more than 16 MiB, nor have more than 8 more threads: those
+Cases of tests/matrix are drawn by the seed. Every tenth result must have the bits of the first call of its case. After
+a fifth of the calls of a mode, the process must not grow by more than 16 MiB, nor have more than 8 more threads: those
 that OpenMP made for the last callers may not have ended yet. One line a mode; the exit code is 1 if one fails.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import random
 import resource
@@ -18,132 +19,88 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_ext
 
-CASES = 40  # in each mode
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from matrix.cases import CASES, Case, arguments_of, make_module, tensors_of
+from matrix.judge import named
+from matrix.routes import ROUTES, called_with, draws, is_plain
+
+CALLS = 40  # different ones of each mode
 ROUND = 200  # calls, after which the mode of several callers has new threads
 CALLERS = 4
 MOST_GROWTH = 16 << 20  # bytes
 MOST_THREADS = 2 * CALLERS  # that are ending
 
-Call = Callable[[], list[Tensor]]
+
+class Mode(NamedTuple):
+    takes: Callable[[Case], bool]
+    route: str = "eager"
+    trains: bool = False
+    freezes: bool = False
 
 
-@dataclass
-class Case:
-    call: Call
+MODES = {
+    "inference": Mode(lambda case: True),
+    "training": Mode(lambda case: True, trains=True),
+    "streaming": Mode(lambda case: True, "steps"),
+    "ragged": Mode(lambda case: case.packed or "lengths" in called_with(case), trains=True),
+    "frozen": Mode(is_plain, freezes=True),
+    # Several at once, whose threads come and go: nothing whose bits depend on the order of the calls.
+    "callers": Mode(lambda case: not draws(case)),
+}
+CASES_OF = {
+    name: [
+        case
+        for case in (dataclasses.replace(case, mode="no_grad") for case in CASES.values())
+        if mode.takes(case) and ROUTES[mode.route].takes(case) and not (case.options and case.options.unread)
+    ]
+    for name, mode in MODES.items()
+}
+
+
+class Drawn(NamedTuple):
+    call: Callable[[], list[Tensor]]
     expected: list[Tensor]
 
 
-def tensors(result: Any) -> list[Tensor]:
-    """The output, h and c."""
-    output, (h_n, c_n) = result
-    return [getattr(output, "data", output), h_n, c_n]
-
-
-def layer_and_input(rng: random.Random, **options: Any) -> tuple[lstm_ext.LSTM, Tensor]:
+def drawn(rng: random.Random, name: str) -> Drawn:
+    mode, case = MODES[name], rng.choice(CASES_OF[name])
+    case = dataclasses.replace(case, dtype=rng.choice(["float32", "float32", "float64", "bfloat16"]))
+    if mode.freezes:
+        case = dataclasses.replace(case, dtype="float32", training=False)
     # One in ten is large enough for two workers, and for scratch memory that is kept.
-    steps, batch, inputs, hidden = (
-        rng.randint(1, most) for most in ((24, 12, 64, 160) if rng.random() < 0.1 else (12, 6, 24, 48))
-    )
-    drawn = {
-        "num_layers": rng.choice([1, 1, 2]),
-        "bidirectional": rng.random() < 0.3,
-        "proj_size": rng.choice([0, 0, 0, hidden // 2]),
-        "bias": rng.random() < 0.8,
-        "dtype": rng.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16]),
-    }
-    layer = lstm_ext.LSTM(inputs, hidden, **{**drawn, **options})
-    return layer, torch.randn(steps, batch, inputs, dtype=layer.weight_ih_l0.dtype)
-
-
-def gradients(layer: lstm_ext.LSTM, x: Tensor, forward: Callable[[Tensor], Any]) -> list[Tensor]:
-    results = tensors(forward(x))
-    loss = sum(result.square().sum() for result in results)
-    return [*(r.detach() for r in results), *torch.autograd.grad(loss, [x, *layer.parameters()])]
-
-
-def inference(rng: random.Random) -> Call:
-    layer, x = layer_and_input(rng)
-    layer.eval().requires_grad_(False)
-    return lambda: tensors(layer(x))
-
-
-def training(rng: random.Random) -> Call:
-    options: list[dict[str, Any]] = [
-        {},
-        {},
-        {"zoneout": 0.2},
-        {"recurrent_dropout": 0.3},
-        {"layer_norm": True},
-    ]
-    layer, x = layer_and_input(rng, **rng.choice(options))
-    x.requires_grad_()
+    if rng.random() < 0.1:
+        case = dataclasses.replace(case, input_size=64, hidden_size=160)
+        if case.layout == "batched" and "lengths" not in called_with(case):
+            case = dataclasses.replace(case, lengths=(24,) * 12)
+    tensors = tensors_of(case)
+    module = make_module(lstm_ext.LSTM, case, case.torch_dtype, tensors.weights)
+    leaves, input, hx, more = arguments_of(case, tensors, case.torch_dtype)
+    wanted = [*leaves.values(), *module.parameters()]
+    if mode.freezes:
+        module = lstm_ext.freeze(module, rng.choice([None, torch.bfloat16, torch.int8]))
+    way = ROUTES[mode.route].call
 
     def call() -> list[Tensor]:
-        torch.manual_seed(3)
-        return gradients(layer, x, layer)
+        if draws(case):
+            torch.manual_seed(3)
+        with torch.set_grad_enabled(mode.trains):
+            values = list(named(way(module, input, hx, **more)).values())
+            if not mode.trains:
+                return values
+            loss = sum(value.square().sum() for value in values)
+            gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+        return [*(value.detach() for value in values), *gradients]
 
-    return call
-
-
-def streaming(rng: random.Random) -> Call:
-    layer, x = layer_and_input(rng, bidirectional=False)
-    layer.eval().requires_grad_(False)
-
-    def call() -> list[Tensor]:
-        state, outputs = None, []
-        for step in x.split(1):
-            output, state = layer(step, state)
-            outputs.append(output)
-        return [*outputs, *state]
-
-    return call
-
-
-def ragged(rng: random.Random) -> Call:
-    layer, x = layer_and_input(rng)
-    x.requires_grad_()
-    lengths = torch.tensor([rng.randint(1, x.shape[0]) for _ in range(x.shape[1])])
-    if rng.random() < 0.5:
-        return lambda: gradients(layer, x, lambda x: layer(x, lengths=lengths))
-    return lambda: gradients(
-        layer, x, lambda x: layer(pack_padded_sequence(x, lengths, enforce_sorted=False))
-    )
-
-
-def frozen(rng: random.Random) -> Call:
-    layer, x = layer_and_input(rng, dtype=torch.float32)
-    ready = lstm_ext.freeze(layer.eval(), rng.choice([None, torch.bfloat16, torch.int8]))
-
-    def call() -> list[Tensor]:
-        with torch.no_grad():
-            return tensors(ready(x))
-
-    return call
-
-
-def callers(rng: random.Random) -> Call:
-    """Nothing whose bits depend on the number of threads or on the order of the calls."""
-    return rng.choice([inference, streaming, ragged, frozen])(rng)
-
-
-MODES: dict[str, Callable[[random.Random], Call]] = {
-    "inference": inference,
-    "training": training,
-    "streaming": streaming,
-    "ragged": ragged,
-    "frozen": frozen,
-    "callers": callers,  # several at once, whose threads come and go
-}
+    return Drawn(call, call())
 
 
 def memory() -> int:
@@ -154,32 +111,28 @@ def threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def some_calls(cases: Sequence[Case], count: int, seed: int) -> int:
+def some_calls(calls: Sequence[Drawn], count: int, seed: int) -> int:
     """How many of them gave other bits."""
     rng = random.Random(seed)
     wrong = 0
     for i in range(count):
-        case = rng.choice(cases)
-        found = case.call()
+        call, expected = rng.choice(calls)
+        found = call()
         if i % 10 == 0:
-            wrong += not all(torch.equal(a, b) for a, b in zip(found, case.expected, strict=True))
+            wrong += not all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     return wrong
 
 
-def soak(mode: str, calls: int, seed: int) -> bool:
+def soak(mode: str, count: int, seed: int) -> bool:
     """Whether all is well."""
     rng = random.Random(seed)
-    torch.manual_seed(seed)
-    cases = []
-    for _ in range(CASES):
-        call = MODES[mode](rng)
-        cases.append(Case(call, call()))
-    rounds = max(5, calls // ROUND)
+    calls = [drawn(rng, mode) for _ in range(CALLS)]
+    rounds = max(5, count // ROUND)
     share = ROUND // CALLERS
 
     def as_caller(seed: int) -> int:
         torch.set_num_threads(1 + seed % 3)  # of this caller
-        return some_calls(cases, share, seed)
+        return some_calls(calls, share, seed)
 
     start, wrong, before, threads_before = time.monotonic(), 0, 0, 0
     for i in range(rounds):
@@ -189,7 +142,7 @@ def soak(mode: str, calls: int, seed: int) -> bool:
             with ThreadPoolExecutor(CALLERS) as pool:
                 wrong += sum(pool.map(as_caller, range(i * CALLERS, (i + 1) * CALLERS)))
         else:
-            wrong += some_calls(cases, ROUND, i)
+            wrong += some_calls(calls, ROUND, i)
     seconds, after, threads_after = time.monotonic() - start, memory(), threads()
     well = wrong == 0 and after - before <= MOST_GROWTH and threads_after <= threads_before + MOST_THREADS
     print(
