@@ -1,6 +1,6 @@
 """What a kernel gets wrong, in so much detail that it can be mended without the card; `make gpu-check` runs it.
 
-    python tests/cuda/cuda_diagnosis.py --kernel mailbox --dtype bfloat16 [--device cuda] [--fault NAME]
+    python tests/cuda/cuda_diagnosis.py --kernel persistent --dtype bfloat16 [--device cuda] [--fault NAME]
 
 Prints one JSON object, and ends with 1 if something is wrong. On a CPU the kernels run on the emulator, where --fault
 plants a mistake: so it can be seen what a report of it looks like.
