@@ -24,8 +24,8 @@ from torch import Tensor
 
 sys.path += [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
-from cuda_problems import DTYPES, EVERYTHING, LOW, SHAPES, Problem, Shape, assert_same_bits, tf32
-from cuda_runs import CHECKS, NotRun, Run, check, gpu_check, perform, repeated, replayed
+from cuda_problems import CASES, DTYPES, Problem, assert_same_bits, sized, tf32
+from cuda_runs import CHECKS, NotRun, Run, check, gpu_check, on_two_streams, perform, repeated, replayed
 from judge import relative_error
 
 import lstm_ext
@@ -37,34 +37,38 @@ import lstm_ext
 def agrees_with_float64_on_the_cpu(run: Run) -> dict[str, Any]:
     """Sizes around the edges of a warp, of a block and of a grid. Bounds are rough; the suite has the exact ones."""
     bound = {torch.float64: 1e-13, torch.float32: 2e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
-    shapes = [Shape(3, 3, 5, h) for h in (1, 2, 31, 32, 33, 64, 127, 128, 129, 257)]
-    shapes += [Shape(3, b, 5, 34) for b in (1, 2, 7, 8, 9, 65)]
-    shapes += [Shape(2, 9, i, 17) for i in (1, 2, 33, 300)]
-    shapes += [Shape(t, 2, 3, 5) for t in (1, 2, 3, 65, 300)]
-    shapes += [Shape(2, 3, 4, h, (("proj_size", p),)) for h, p in ((2, 1), (40, 33), (130, 129))]
-    shapes += [*SHAPES, Shape(70, 33, 12, 40, packed=True), Shape(140, 70, 3, 5, EVERYTHING[:2], packed=True)]
+    cases = [sized(3, 3, 5, h) for h in (1, 2, 31, 32, 33, 64, 127, 128, 129, 257)]
+    cases += [sized(3, b, 5, 34) for b in (1, 2, 7, 8, 9, 65)]
+    cases += [sized(2, 9, i, 17) for i in (1, 2, 33, 300)]
+    cases += [sized(t, 2, 3, 5) for t in (1, 2, 3, 65, 300)]
+    cases += [sized(2, 3, 4, h, proj_size=p) for h, p in ((2, 1), (40, 33), (130, 129))]
+    cases += [
+        *CASES,
+        sized(70, 33, 12, 40, packed=True),
+        sized(140, 70, 3, 5, packed=True, num_layers=2, bidirectional=True),
+    ]
     worst: dict[str, float] = {}
     with tf32(rnn=False):
         for dtype in DTYPES:
-            for shape in shapes if not run.quick else shapes[::6]:
-                problem = Problem(shape, dtype, run.device)
+            for case in cases if not run.quick else cases[::6]:
+                problem = Problem(case, dtype, run.device)
                 expected = problem.on("cpu", torch.float64).training()
                 results = problem.training()
                 errors = [relative_error(a, b) for a, b in zip(results, expected, strict=True)]
                 inference = problem.inference()
                 errors += [relative_error(a, b) for a, b in zip(inference, expected, strict=False)]
-                assert max(errors) < bound[dtype], f"{shape}, {dtype}: errors {[f'{e:.1e}' for e in errors]}"
+                assert max(errors) < bound[dtype], f"{case}, {dtype}: errors {[f'{e:.1e}' for e in errors]}"
                 worst[str(dtype)] = max(worst.get(str(dtype), 0.0), *errors)
     return {"worst_errors": worst}
 
 
 @check
 def gradcheck(run: Run) -> None:
-    for shape in (
-        Shape(3, 2, 2, 4),
-        Shape(2, 2, 2, 3, (("bidirectional", True), ("proj_size", 2)), packed=True),
+    for case in (
+        sized(3, 2, 2, 4),
+        sized(2, 2, 2, 3, bidirectional=True, proj_size=2, packed=True),
     ):
-        problem = Problem(shape, torch.float64, run.device)
+        problem = Problem(case, torch.float64, run.device)
         torch.autograd.gradcheck(
             lambda *_, p=problem: tuple(p.forward()), problem.leaves, fast_mode=run.quick
         )
@@ -72,34 +76,18 @@ def gradcheck(run: Run) -> None:
 
 @check
 def gradgradcheck(run: Run) -> None:
-    for shape in (Shape(2, 2, 2, 3), Shape(2, 2, 2, 2, (("bidirectional", True),), packed=True)):
-        problem = Problem(shape, torch.float64, run.device)
+    for case in (sized(2, 2, 2, 3), sized(2, 2, 2, 2, bidirectional=True, packed=True)):
+        problem = Problem(case, torch.float64, run.device)
         torch.autograd.gradgradcheck(
             lambda *_, p=problem: tuple(p.forward()), problem.leaves, fast_mode=run.quick
         )
 
 
-@check
-def autocast(run: Run) -> None:
-    for dtype in LOW:
-        for shape in SHAPES:
-            problem = Problem(shape, torch.float32, run.device)
-            expected = problem.on(str(run.device), dtype).inference()
-            with torch.autocast(run.device.type, dtype=dtype):
-                results = problem.forward()
-            # On a GPU they have autocast's dtype, as torch's have, and on the CPU some are float32.
-            assert run.device.type == "cpu" or all(t.dtype == dtype for t in results), shape
-            expected = [e.to(r.dtype) for e, r in zip(expected, results, strict=True)]
-            assert_same_bits(results, expected, f"autocast to {dtype}, {shape}")
-            grads = torch.autograd.grad(sum(t.float().sum() for t in results), problem.leaves)
-            assert all(g.dtype == torch.float32 and g.any() for g in grads), shape
-
-
 @gpu_check
 def tf32_follows_the_setting_of_cudnn(run: Run) -> dict[str, Any]:
     """And not that of matrix products. Sizes are large enough for cuBLAS to use the tensor cores."""
-    problem = Problem(Shape(20, 64, 256, 256), torch.float32, run.device)
-    exact = problem.on(str(run.device), torch.float64).training()
+    problem = Problem(sized(20, 64, 256, 256), torch.float32, run.device)
+    exact = problem.on(run.device, torch.float64).training()
     found = {}
     results = {}
     for rnn in (False, True):
@@ -124,9 +112,9 @@ def tf32_follows_the_setting_of_cudnn(run: Run) -> dict[str, Any]:
 def determinism(run: Run) -> dict[str, Any]:
     before = torch.are_deterministic_algorithms_enabled()
     try:
-        result = repeated(run, 5, SHAPES, DTYPES)
+        result = repeated(run, 5, CASES, DTYPES)
         torch.use_deterministic_algorithms(True)  # new memory is filled with NaN, too
-        repeated(run, 5, SHAPES, DTYPES)
+        repeated(run, 5, CASES, DTYPES)
     finally:
         torch.use_deterministic_algorithms(before)
     return result
@@ -134,20 +122,20 @@ def determinism(run: Run) -> dict[str, Any]:
 
 @check
 def race_loop(run: Run) -> dict[str, Any]:
-    shapes = (
-        Shape(30, 64, 64, 128),
-        Shape(20, 200, 33, 250),
-        Shape(40, 1, 512, 512),
-        Shape(60, 40, 20, 96, (("bidirectional", True),), packed=True),
+    cases = (
+        sized(30, 64, 64, 128),
+        sized(20, 200, 33, 250),
+        sized(40, 1, 512, 512),
+        sized(60, 40, 20, 96, bidirectional=True, packed=True),
     )
     if run.quick:
-        shapes = shapes[:1]
-    return repeated(run, 200, shapes, (torch.float32, torch.bfloat16))
+        cases = cases[:1]
+    return repeated(run, 200, cases, (torch.float32, torch.bfloat16))
 
 
 @check
 def several_python_threads(run: Run) -> dict[str, Any]:
-    problems = [Problem(s, torch.float32, run.device, seed) for seed in (1, 2) for s in SHAPES]
+    problems = [Problem(s, torch.float32, run.device, seed) for seed in (1, 2) for s in CASES]
     alone = [p.training() for p in problems]
     failures: list[str] = []
 
@@ -173,8 +161,8 @@ def several_python_threads(run: Run) -> dict[str, Any]:
 @gpu_check
 def side_streams(run: Run) -> None:
     """The arguments come late, on a side stream; the results are used on a third, after an event."""
-    for shape in SHAPES:
-        problem = Problem(shape, torch.float32, run.device)
+    for case in CASES:
+        problem = Problem(case, torch.float32, run.device)
         expected = problem.training()
         numbers = [leaf.detach().clone() for leaf in problem.leaves]
         for _ in range(run.count(20)):
@@ -198,13 +186,13 @@ def side_streams(run: Run) -> None:
                     t.record_stream(consumer)
             del results
             torch.cuda.synchronize()
-            assert_same_bits(copies, expected, f"{shape} on a side stream")
+            assert_same_bits(copies, expected, f"{case} on a side stream")
 
 
 @gpu_check
 def backward_on_the_stream_of_forward(run: Run) -> None:
     """Forward on a side stream, backward() called on the current one: autograd goes back to the side stream."""
-    problem = Problem(SHAPES[1], torch.float32, run.device)
+    problem = Problem(CASES[1], torch.float32, run.device)
     expected = problem.training()
     for _ in range(run.count(20)):
         stream = torch.cuda.Stream()
@@ -220,26 +208,15 @@ def backward_on_the_stream_of_forward(run: Run) -> None:
 
 @gpu_check
 def two_streams_at_once(run: Run) -> None:
-    problems = [Problem(Shape(40, 16, 64, 128), torch.bfloat16, run.device, seed) for seed in (1, 2)]
-    alone = [p.training() for p in problems]
-    streams = [torch.cuda.Stream() for _ in problems]
-    for i in range(run.count(50)):
-        torch.cuda.synchronize()
-        results = []
-        for problem, stream in zip(problems, streams, strict=True):
-            with torch.cuda.stream(stream):
-                torch.cuda._sleep(100_000)
-                results.append(problem.training())
-        torch.cuda.synchronize()
-        for result, expected in zip(results, alone, strict=True):
-            assert_same_bits(result, expected, f"two streams, repeat {i}")
+    problems = [Problem(sized(40, 16, 64, 128), torch.bfloat16, run.device, seed) for seed in (1, 2)]
+    on_two_streams(run, problems, "bfloat16")
 
 
 @gpu_check
 def nothing_waits_for_the_gpu(run: Run) -> None:
     """No read of a number back to the host, neither forwards nor backwards."""
     problems = [
-        Problem(shape, dtype, run.device) for shape in SHAPES for dtype in (torch.float32, torch.float16)
+        Problem(case, dtype, run.device) for case in CASES for dtype in (torch.float32, torch.float16)
     ]
     for problem in problems:
         problem.training()  # whatever is made on first use
@@ -258,23 +235,23 @@ def nothing_waits_for_the_gpu(run: Run) -> None:
 
 @gpu_check
 def graph_of_inference(run: Run) -> None:
-    for shape in SHAPES:
+    for case in CASES:
         for dtype in (torch.float32, torch.bfloat16):
-            problem = Problem(shape, dtype, run.device)
-            replayed(run, problem, problem.inference, f"inference, {shape}, {dtype}")
+            problem = Problem(case, dtype, run.device)
+            replayed(run, problem, problem.inference, f"inference, {case}, {dtype}")
 
 
 @gpu_check
 def graph_of_training(run: Run) -> None:
-    for shape in SHAPES:
+    for case in CASES:
         for dtype in (torch.float32, torch.float16):
-            problem = Problem(shape, dtype, run.device)
-            replayed(run, problem, problem.training, f"training, {shape}, {dtype}")
+            problem = Problem(case, dtype, run.device)
+            replayed(run, problem, problem.training, f"training, {case}, {dtype}")
 
 
 @gpu_check
 def graph_of_step(run: Run) -> None:
-    problem = Problem(Shape(1, 3, 16, 64, (("num_layers", 2),)), torch.float32, run.device)
+    problem = Problem(sized(1, 3, 16, 64, num_layers=2), torch.float32, run.device)
 
     def step() -> list[Tensor]:
         with torch.no_grad():
@@ -286,7 +263,7 @@ def graph_of_step(run: Run) -> None:
 
 @gpu_check
 def make_graphed_callables(run: Run) -> None:
-    problem = Problem(SHAPES[0], torch.float32, run.device)
+    problem = Problem(CASES[0], torch.float32, run.device)
     layer = copy.deepcopy(problem.layer)
     graphed = torch.cuda.make_graphed_callables(layer, (problem.x.detach().clone().requires_grad_(),))
     for _ in range(run.count(20)):
@@ -311,7 +288,7 @@ def torch_compile(run: Run) -> dict[str, Any]:
     if run.device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise NotRun("Triton, which torch compiles for GPUs with, is not installed")
     backend = "aot_eager" if run.quick else "inductor"
-    problem = Problem(SHAPES[1], torch.float32, run.device)
+    problem = Problem(CASES[1], torch.float32, run.device)
     head = torch.nn.Linear(10, 3).to(run.device)
 
     def model(x: Tensor, h: Tensor, c: Tensor) -> Tensor:
@@ -335,7 +312,7 @@ def torch_compile(run: Run) -> dict[str, Any]:
 def more_steps_than_a_grid_has_blocks(run: Run) -> dict[str, Any]:
     """T beyond 65,535, with rows that end early: the same as in pieces whose states are carried on."""
     steps, piece = (600, 100) if run.quick else (70_000, 10_000)
-    problem = Problem(Shape(steps, 2, 3, 8), torch.float64, run.device)
+    problem = Problem(sized(steps, 2, 3, 8), torch.float64, run.device)
     results = problem.training()
     with torch.no_grad():
         outputs, state = [], (problem.h, problem.c)
@@ -347,7 +324,7 @@ def more_steps_than_a_grid_has_blocks(run: Run) -> dict[str, Any]:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
     assert all(torch.isfinite(t).all() for t in results)
     # The last gradients know nothing of what was long before.
-    tail = problem.on(str(run.device), torch.float64)
+    tail = problem.on(run.device, torch.float64)
     last = steps // 7
     with torch.no_grad():
         _, (h, c) = problem.layer(problem.x[:-last], (problem.h, problem.c))
@@ -396,7 +373,7 @@ def more_elements_than_int32_counts(run: Run) -> dict[str, Any]:
 
 @gpu_check
 def out_of_memory_is_an_error_and_no_more(run: Run) -> None:
-    problem = Problem(SHAPES[1], torch.float32, run.device)
+    problem = Problem(CASES[1], torch.float32, run.device)
     expected = problem.training()
     layer = lstm_ext.LSTM(16, 1024, device=run.device)
     x = torch.zeros(1, 1, 16, device=run.device).expand(2048, 256, 16)  # gates alone: 8 GiB
@@ -420,7 +397,7 @@ def out_of_memory_is_an_error_and_no_more(run: Run) -> None:
 
 @gpu_check
 def memory_comes_back(run: Run) -> dict[str, Any]:
-    problem = Problem(Shape(50, 32, 64, 128), torch.float32, run.device)
+    problem = Problem(sized(50, 32, 64, 128), torch.float32, run.device)
     problem.training()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -438,9 +415,9 @@ import cuda_persistent_checks  # noqa: E402
 
 
 def sanitized(run: Run) -> None:
-    for shape in (*SHAPES, Shape(2, 9, 5, 130), Shape(70, 3, 2, 5, packed=True)):
+    for case in (*CASES, sized(2, 9, 5, 130), sized(70, 3, 2, 5, packed=True)):
         for dtype in DTYPES:
-            Problem(shape, dtype, run.device).training()
+            Problem(case, dtype, run.device).training()
     cuda_persistent_checks.sanitized(run)
     run.synchronize()
 

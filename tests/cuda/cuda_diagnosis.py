@@ -81,21 +81,17 @@ def run(kernels: Any, x: Tensor, h0: Tensor, c0: Tensor, U: Tensor) -> dict[str,
 
 def by_equations(x: Tensor, h0: Tensor, c0: Tensor, U: Tensor) -> dict[str, Tensor]:
     """The same in float64."""
+    from lstm_ext import reference
+
     T, B, H = *x.shape[:2], U.size(1)
-    x, h, c, U = (t.detach().double().cpu().clone() for t in (x, h0, c0, U))
-    x.requires_grad_()
-    z, outputs = [], []
-    for t in range(T):
-        z.append(x[t] + h @ U.T)
-        i, f, g, o = z[-1].view(B, 4, H).unbind(1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
-        outputs.append(h)
-    output = torch.stack(outputs)
-    grads = [torch.sin(output.detach()), torch.ones_like(h), torch.ones_like(c)]
-    (dz,) = torch.autograd.grad([output, h, c], [x], grads)
+    x, h0, c0, U = (t.detach().double().cpu().clone() for t in (x, h0[None], c0[None], U))
+    weights = [torch.eye(4 * H, dtype=torch.float64), U]
+    output, h_n, c_n = reference.lstm_layer(x.requires_grad_(), h0, c0, weights, None, False, False)
+    grads = [torch.sin(output.detach()), torch.ones_like(h_n), torch.ones_like(c_n)]
+    (dz,) = torch.autograd.grad([output, h_n, c_n], [x], grads)
+    z = x + torch.cat([h0, output[:-1]]) @ U.T
     shape = (T, B, 4, H)
-    return {"z": torch.stack(z).detach().view(shape), "output": output.detach(), "dz": dz.view(shape)}
+    return {"z": z.detach().view(shape), "output": output.detach(), "dz": dz.view(shape)}
 
 
 # ---- values

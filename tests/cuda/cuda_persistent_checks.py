@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from cuda_problems import Problem, Shape, assert_same_bits, tf32
-from cuda_runs import NotRun, Run, check, gpu_check, replayed
+from cuda_problems import Problem, assert_same_bits, sized, tf32
+from cuda_runs import NotRun, Run, check, gpu_check, on_two_streams, replayed
 from judge import relative_error
+from matrix.cases import Case
 from torch import Tensor
 
 import lstm_ext
@@ -21,7 +22,6 @@ from lstm_ext.native import loader
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BOUND = {torch.float32: 5e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
-BOTH, THREE = (("bidirectional", True),), (("num_layers", 3),)
 REPEATS, SECONDS = 10_000, 9.0  # of all cases
 
 
@@ -42,20 +42,20 @@ def wait_limit(seconds: float) -> Iterator[None]:
         loader.extension().set_cuda_wait_limit_of_thread(None)
 
 
-def plan(run: Run, shape: Shape, dtype: torch.dtype, name: str, backward: bool = False) -> dict[str, Any]:
+def plan(run: Run, case: Case, dtype: torch.dtype, name: str, backward: bool = False) -> dict[str, Any]:
     """Of the first layer. Without a GPU: on one that the planner knows."""
     extension = loader.extension()
     on_gpu = run.device.type == "cuda"
     return extension.cuda_plan(
         device=extension.cuda_facts(run.device.index or 0) if on_gpu else extension.cuda_devices()[0],
-        steps=shape.steps,
-        batch=shape.batch,
-        input_size=shape.input_size,
-        hidden_size=shape.hidden_size,
-        directions=2 if dict(shape.options).get("bidirectional") else 1,
+        steps=max(case.lengths),
+        batch=len(case.lengths),
+        input_size=case.input_size,
+        hidden_size=case.hidden_size,
+        directions=case.directions,
         dtype=str(dtype).removeprefix("torch."),
-        packed=shape.packed,
-        options=shape.per_call,
+        packed=case.packed,
+        options=case.options is not None,
         backward=backward,
         kernel=name,
     )
@@ -64,17 +64,22 @@ def plan(run: Run, shape: Shape, dtype: torch.dtype, name: str, backward: bool =
 # ---- values
 
 
-def shapes_around_the_edges() -> list[Shape]:
+def cases_around_the_edges() -> list[Case]:
     """Of a piece, a tile of rows, and a block."""
-    found = [Shape(3, b, 5, h) for h in (1, 2, 8, 15, 16, 17, 32, 33, 64, 127, 128, 129, 300) for b in (1, 9)]
-    found += [Shape(3, b, 5, 40) for b in (2, 7, 8, 16, 17, 65, 200)]
-    found += [Shape(2, 3, 4, 20), Shape(9, 5, 64, 1024), Shape(6, 4, 9, 96, THREE), Shape(5, 3, 7, 300, BOTH)]
-    found += [Shape(70, 33, 12, 40, packed=True), Shape(140, 70, 3, 24, BOTH, packed=True)]
+    found = [sized(3, b, 5, h) for h in (1, 2, 8, 15, 16, 17, 32, 33, 64, 127, 128, 129, 300) for b in (1, 9)]
+    found += [sized(3, b, 5, 40) for b in (2, 7, 8, 16, 17, 65, 200)]
     found += [
-        Shape(6, 5, 9, 24, per_call=True),
-        Shape(6, 5, 9, 136, (("zoneout", (0.2, 0.1)),), per_call=True),
+        sized(2, 3, 4, 20),
+        sized(9, 5, 64, 1024),
+        sized(6, 4, 9, 96, num_layers=3),
+        sized(5, 3, 7, 300, bidirectional=True),
     ]
-    found += [Shape(40, 16, 64, 768), Shape(20, 64, 64, 512), Shape(300, 16, 8, 96), Shape(2000, 4, 8, 64)]
+    found += [sized(70, 33, 12, 40, packed=True), sized(140, 70, 3, 24, bidirectional=True, packed=True)]
+    found += [
+        sized(6, 5, 9, 24, per_call=True),
+        sized(6, 5, 9, 136, zoneout=(0.2, 0.1), per_call=True),
+    ]
+    found += [sized(40, 16, 64, 768), sized(20, 64, 64, 512), sized(300, 16, 8, 96), sized(2000, 4, 8, 64)]
     return found
 
 
@@ -83,20 +88,20 @@ def persistent_kernels_agree_with_stepwise(run: Run) -> dict[str, Any]:
     """Values and gradients. Bounds are rough; the suite has the exact ones."""
     kernels: Counter[str] = Counter()
     worst: dict[str, float] = {}
-    shapes = shapes_around_the_edges()
+    cases = cases_around_the_edges()
     for dtype in DTYPES:
-        for shape in shapes if not run.quick else shapes[1:-4:6]:
-            problem = Problem(shape, dtype, run.device)
+        for case in cases if not run.quick else cases[1:-4:6]:
+            problem = Problem(case, dtype, run.device)
             with kernel("stepwise"):
                 expected = problem.training()
             for backward in (False, True):
-                kernels[plan(run, shape, dtype, "persistent", backward)["kernel"]] += 1
+                kernels[plan(run, case, dtype, "persistent", backward)["kernel"]] += 1
             with kernel("persistent"):
                 results = problem.training()
                 inference = problem.inference()
             errors = [relative_error(a, b) for a, b in zip(results, expected, strict=True)]
             errors += [relative_error(a, b) for a, b in zip(inference, expected, strict=False)]
-            assert max(errors) < BOUND[dtype], f"{shape}, {dtype}: errors {[f'{e:.1e}' for e in errors]}"
+            assert max(errors) < BOUND[dtype], f"{case}, {dtype}: errors {[f'{e:.1e}' for e in errors]}"
             worst[str(dtype)] = max(worst.get(str(dtype), 0.0), *errors)
     assert kernels["persistent"], kernels
     return {"worst_errors": worst, "kernels": dict(kernels)}
@@ -106,17 +111,17 @@ def persistent_kernels_agree_with_stepwise(run: Run) -> dict[str, Any]:
 def persistent_kernels_give_the_same_bits(run: Run) -> dict[str, Any]:
     """10,000 times, or as often as there is time for."""
     cases = (
-        (Shape(12, 16, 32, 96), torch.bfloat16),
-        (Shape(6, 64, 64, 512), torch.float32),
-        (Shape(12, 40, 16, 32), torch.float16),
+        (sized(12, 16, 32, 96), torch.bfloat16),
+        (sized(6, 64, 64, 512), torch.float32),
+        (sized(12, 40, 16, 32), torch.float16),
     )
     seconds = (0.6 if run.quick else SECONDS) / len(cases)
     repeats = {}
-    for shape, dtype in cases:
-        problem = Problem(shape, dtype, run.device)
+    for case, dtype in cases:
+        problem = Problem(case, dtype, run.device)
         with kernel("persistent"):
             first = problem.training()
-            assert all(torch.isfinite(t).all() for t in first), f"{shape}, {dtype}: not finite"
+            assert all(torch.isfinite(t).all() for t in first), f"{case}, {dtype}: not finite"
             same = torch.ones((), dtype=torch.bool, device=run.device)
             done, deadline = 0, time.monotonic() + seconds
             while done < REPEATS and (done < 2 or time.monotonic() < deadline):
@@ -125,8 +130,8 @@ def persistent_kernels_give_the_same_bits(run: Run) -> dict[str, Any]:
                 done += 1
                 if done % 50 == 0:
                     run.synchronize()  # or the time would be that of the launches
-            assert same.item(), f"{shape}, {dtype}: not the same bits in {done} repeats"
-        repeats[f"{shape}, {dtype}"] = done
+            assert same.item(), f"{case}, {dtype}: not the same bits in {done} repeats"
+        repeats[f"{case}, {dtype}"] = done
     return {"repeats": repeats}
 
 
@@ -138,29 +143,18 @@ def persistent_kernels_on_two_streams(run: Run) -> dict[str, Any]:
     """Which do not find room at the same time; and two that do."""
     for sizes in ((1024, 1024), (768, 96), (32, 64)):
         problems = [
-            Problem(Shape(40, 16, 64, hidden), torch.bfloat16, run.device, seed)
+            Problem(sized(40, 16, 64, hidden), torch.bfloat16, run.device, seed)
             for seed, hidden in enumerate(sizes)
         ]
         with kernel("persistent"):
-            alone = [p.training() for p in problems]
-            streams = [torch.cuda.Stream() for _ in problems]
-            for i in range(run.count(50)):
-                torch.cuda.synchronize()
-                results = []
-                for problem, stream in zip(problems, streams, strict=True):
-                    with torch.cuda.stream(stream):
-                        torch.cuda._sleep(100_000)
-                        results.append(problem.training())
-                torch.cuda.synchronize()
-                for result, expected in zip(results, alone, strict=True):
-                    assert_same_bits(result, expected, f"H {sizes} on two streams, repeat {i}")
+            on_two_streams(run, problems, f"H {sizes}")
     return {"multiprocessors": torch.cuda.get_device_properties(run.device).multi_processor_count}
 
 
 @gpu_check
 def persistent_kernels_beside_large_products(run: Run) -> None:
     """A stream that goes first keeps all multiprocessors busy: blocks find theirs one by one."""
-    problem = Problem(Shape(100, 16, 64, 768), torch.bfloat16, run.device)
+    problem = Problem(sized(100, 16, 64, 768), torch.bfloat16, run.device)
     size = 2048 if run.quick else 8192
     a = torch.ones(size, size, dtype=torch.bfloat16, device=run.device)
     out = torch.empty_like(a)
@@ -178,25 +172,25 @@ def persistent_kernels_beside_large_products(run: Run) -> None:
 
 @gpu_check
 def persistent_kernels_in_graphs(run: Run) -> None:
-    for shape in (Shape(20, 16, 24, 96), Shape(9, 6, 9, 32, BOTH, packed=True)):
+    for case in (sized(20, 16, 24, 96), sized(9, 6, 9, 32, bidirectional=True, packed=True)):
         for dtype in (torch.bfloat16, torch.float32):
-            problem = Problem(shape, dtype, run.device)
+            problem = Problem(case, dtype, run.device)
             with kernel("persistent"):
                 for compute in (problem.inference, problem.training):
-                    replayed(run, problem, compute, f"{compute.__name__}, {shape}, {dtype}")
+                    replayed(run, problem, compute, f"{compute.__name__}, {case}, {dtype}")
                 cuda_kernels.check_waits(run.device)  # a replay does not look itself
 
 
 # ---- blocks that come late
 
 
-def whole_device(run: Run, multiprocessors: int) -> Shape | None:
+def whole_device(run: Run, multiprocessors: int) -> Case | None:
     """A layer whose blocks need every multiprocessor, if there is one."""
     for groups in (g for g in range(1, 9) if multiprocessors % g == 0):
-        shape = Shape(4, 8 * groups, 8, 16 * (multiprocessors // groups))
-        found = plan(run, shape, torch.bfloat16, "persistent")
+        case = sized(4, 8 * groups, 8, 16 * (multiprocessors // groups))
+        found = plan(run, case, torch.bfloat16, "persistent")
         if found["kernel"] == "persistent" and found["persistent"]["blocks"] == multiprocessors:
-            return shape
+            return case
     return None
 
 
@@ -228,13 +222,13 @@ def occupy(run: Run, milliseconds: int) -> torch.cuda.Event:
     return end
 
 
-def held_up(run: Run, shape: Shape, seconds: float, milliseconds: int) -> bool:
+def held_up(run: Run, case: Case, seconds: float, milliseconds: int) -> bool:
     """Whether another kernel held up a block of the layer, which waits no longer than so many seconds. Its results have
     to be right: the time of a wait begins when all blocks have come."""
     layer = lstm_ext.LSTM(
-        shape.input_size, shape.hidden_size, dtype=torch.bfloat16, device=run.device
+        case.input_size, case.hidden_size, dtype=torch.bfloat16, device=run.device
     ).requires_grad_(False)
-    x = torch.ones(shape.steps, shape.batch, shape.input_size, dtype=torch.bfloat16, device=run.device)
+    x = torch.ones(*case.rows, case.input_size, dtype=torch.bfloat16, device=run.device)
 
     def compute() -> list[Tensor]:
         output, states = layer(x)
@@ -260,11 +254,11 @@ def held_up(run: Run, shape: Shape, seconds: float, milliseconds: int) -> bool:
 def blocks_that_come_late_are_waited_for(run: Run) -> None:
     """The limit is far below the time for which a multiprocessor is taken away."""
     multiprocessors = torch.cuda.get_device_properties(run.device).multi_processor_count
-    shape = whole_device(run, multiprocessors)
-    if shape is None:
+    case = whole_device(run, multiprocessors)
+    if case is None:
         raise NotRun("there is no layer whose blocks need every multiprocessor of this card")
     # Sixteen times the limit is the time for blocks to come.
-    if not any([held_up(run, shape, 0.01, 50) for _ in range(5)]):
+    if not any([held_up(run, case, 0.01, 50) for _ in range(5)]):
         raise NotRun(
             "results were right, but this card ran the layer beside the kernel that takes all shared memory"
         )
@@ -274,7 +268,11 @@ def blocks_that_come_late_are_waited_for(run: Run) -> None:
 
 
 def sanitized(run: Run) -> None:
-    for shape in (Shape(4, 9, 5, 24), Shape(3, 5, 5, 72, BOTH), Shape(6, 5, 9, 24, per_call=True)):
+    for case in (
+        sized(4, 9, 5, 24),
+        sized(3, 5, 5, 72, bidirectional=True),
+        sized(6, 5, 9, 24, per_call=True),
+    ):
         for dtype in DTYPES:
             with kernel("persistent"):
-                Problem(shape, dtype, run.device).training()
+                Problem(case, dtype, run.device).training()

@@ -1,4 +1,4 @@
-"""Problems for cuda_checks.py: a layer, its arguments, and everything that it computes."""
+"""Problems for cuda_checks.py: cases of the matrix on a device, and everything that they compute."""
 
 from __future__ import annotations
 
@@ -10,97 +10,72 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from matrix.cases import Case, Options, arguments_of, make_module, tensors_of
+from matrix.judge import named
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
 import lstm_ext
+from lstm_ext.options import OPTIONS
 
 LOW = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *LOW)
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    steps: int
-    batch: int
-    input_size: int
-    hidden_size: int
-    options: tuple[tuple[str, Any], ...] = ()
-    packed: bool = False
-    per_call: bool = False  # lengths, resets, and cell states and gates as results
+def sized(
+    steps: int,
+    batch: int,
+    input_size: int,
+    hidden_size: int,
+    packed: bool = False,
+    per_call: bool = False,
+    **more: Any,
+) -> Case:
+    """A layer in evaluation, where zoneout draws nothing; `more` are other fields of a case and options.
 
-    def __str__(self) -> str:
-        options = "".join(f", {name}={value}" for name, value in self.options)
-        sizes = f"T {self.steps}, B {self.batch}, I {self.input_size}, H {self.hidden_size}"
-        return f"{sizes}{options}{', packed' if self.packed else ''}{', lengths and resets' if self.per_call else ''}"
+    Args:
+        per_call: lengths, resets, and cell states and gates as results.
+    """
+    given: dict[str, Any] = {name: more.pop(name) for name in OPTIONS if name in more}
+    if per_call:
+        lengths = tuple(max(0, steps - b) for b in range(batch))
+        given |= {"lengths": lengths, "lengths_as": "int64", "resets": 0.3}
+        given |= {"return_cell_states": True, "return_gates": True}
+    rows = tuple(max(1, steps - 2 * b) if packed else steps for b in range(batch))
+    return Case(
+        layout="handmade" if packed else "batched", lengths=rows, input_size=input_size, hidden_size=hidden_size,
+        training=False, hx=True, options=Options(**given) if given else None, **more,
+    )  # fmt: skip
 
 
-EVERYTHING = (("num_layers", 2), ("bidirectional", True), ("proj_size", 5))
-SHAPES = (
-    Shape(7, 5, 9, 24),
-    Shape(6, 4, 9, 24, EVERYTHING),
-    Shape(9, 6, 9, 24, EVERYTHING, packed=True),
-    Shape(1, 1, 16, 64),
-    Shape(
-        6,
-        5,
-        9,
-        24,
-        (
-            ("num_layers", 2),
-            ("bidirectional", True),
-            ("proj_size", 20),
-            ("layer_norm", True),
-            ("zoneout", (0.2, 0.1)),
-        ),
-        per_call=True,
-    ),
+EVERYTHING: dict[str, Any] = {"num_layers": 2, "bidirectional": True, "proj_size": 5}
+CASES = (
+    sized(7, 5, 9, 24),
+    sized(6, 4, 9, 24, **EVERYTHING),
+    sized(9, 6, 9, 24, packed=True, **EVERYTHING),
+    sized(1, 1, 16, 64),
+    sized(6, 5, 9, 24, per_call=True, layer_norm=True, zoneout=(0.2, 0.1), **{**EVERYTHING, "proj_size": 20}),
 )
 
 
 class Problem:
-    """Tensors that nobody else has: a layer, its input and states, a gradient for each result."""
+    """A layer with tensors that nobody else has: its input and states, a gradient for each result."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
+    def __init__(self, case: Case, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> None:
+        self.case = dataclasses.replace(case, dtype=str(dtype).removeprefix("torch."), seed=seed)
+        self._tensors = tensors_of(self.case)
+        self._put(device, dtype)
 
-        def draw(*sizes: int) -> Tensor:
-            return torch.randn(sizes, generator=generator, dtype=torch.float64).to(device, dtype)
-
-        torch.manual_seed(seed)
-        self.layer = lstm_ext.LSTM(
-            shape.input_size, shape.hidden_size, **dict(shape.options), dtype=torch.float64
-        ).to(device, dtype)
-        m = self.layer.eval()  # zoneout without randomness
-        sets, state = len(m.all_weights), m.proj_size or m.hidden_size
-        self.batch_sizes = None
-        rows: tuple[int, ...] = (shape.steps, shape.batch)
-        if shape.packed:
-            lengths = [max(1, shape.steps - 2 * b) for b in range(shape.batch)]
-            self.batch_sizes = torch.tensor([sum(n > t for n in lengths) for t in range(shape.steps)])
-            rows = (sum(lengths),)
-        self.x = draw(*rows, shape.input_size).requires_grad_()
-        self.h = draw(sets, shape.batch, state).requires_grad_()
-        self.c = draw(sets, shape.batch, shape.hidden_size).requires_grad_()
-        self.leaves = [self.x, self.h, self.c, *m.parameters()]
-        features = state * (2 if m.bidirectional else 1)
-        self.grads = [draw(*rows, features), draw(*self.h.shape), draw(*self.c.shape)]
-        self.arguments: dict[str, Any] = {}
-        if shape.per_call:
-            lengths = torch.arange(shape.steps, shape.steps - shape.batch, -1).clamp_min(0)
-            resets = torch.rand(rows, generator=generator) < 0.3
-            self.arguments = {"lengths": lengths.to(device), "resets": resets.to(device)}
-            self.arguments |= {"return_cell_states": True, "return_gates": True}
-            self.grads += [draw(sets, *rows, m.hidden_size), draw(sets, *rows, m.hidden_size, 4)]
+    def _put(self, device: torch.device | str, dtype: torch.dtype) -> None:
+        tensors = self._tensors.map(lambda t: t.to(device))
+        self.layer: Any = make_module(lstm_ext.LSTM, self.case, dtype, tensors.weights)
+        leaves, self._input, (self.h, self.c), arguments = arguments_of(self.case, tensors, dtype)
+        self.x = leaves["input"]
+        self.leaves = [self.x, self.h, self.c, *self.layer.parameters()]
+        self.grads = [g.to(dtype) for g in tensors.grads.values()]
+        self._arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments.items()}
 
     def forward(self) -> list[Tensor]:
-        x = self.x if self.batch_sizes is None else PackedSequence(self.x, self.batch_sizes)
-        output, states, *extras = self.layer(x, (self.h, self.c), **self.arguments)
-        return [
-            output if self.batch_sizes is None else output.data,
-            *states,
-            *(values for result in extras for values in result),
-        ]
+        return list(named(self.layer(self._input, (self.h, self.c), **self._arguments)).values())
 
     def inference(self) -> list[Tensor]:
         with torch.no_grad():
@@ -111,16 +86,10 @@ class Problem:
         results = self.forward()
         return [*(t.detach() for t in results), *torch.autograd.grad(results, self.leaves, self.grads)]
 
-    def on(self, device: str, dtype: torch.dtype) -> Problem:
+    def on(self, device: torch.device | str, dtype: torch.dtype) -> Problem:
         """The same numbers elsewhere."""
         other = copy.copy(self)
-        other.layer = copy.deepcopy(self.layer).to(device, dtype)
-        other.x, other.h, other.c = (
-            t.detach().to(device, dtype, copy=True).requires_grad_() for t in (self.x, self.h, self.c)
-        )
-        other.leaves = [other.x, other.h, other.c, *other.layer.parameters()]
-        other.grads = [g.to(device, dtype) for g in self.grads]
-        other.arguments = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.arguments.items()}
+        other._put(device, dtype)
         return other
 
 

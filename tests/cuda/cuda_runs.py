@@ -6,11 +6,12 @@ from __future__ import annotations
 import dataclasses
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from cuda_problems import Problem, Shape, assert_same_bits
+from cuda_problems import Problem, assert_same_bits
+from matrix.cases import Case
 from torch import Tensor
 
 
@@ -70,16 +71,32 @@ def perform(name: str, run: Run) -> dict[str, Any]:
 
 
 def repeated(
-    run: Run, number: int, shapes: tuple[Shape, ...], dtypes: tuple[torch.dtype, ...]
+    run: Run, number: int, cases: tuple[Case, ...], dtypes: tuple[torch.dtype, ...]
 ) -> dict[str, Any]:
-    for shape in shapes:
+    for case in cases:
         for dtype in dtypes:
-            problem = Problem(shape, dtype, run.device)
+            problem = Problem(case, dtype, run.device)
             first = problem.training()
             for i in range(run.count(number)):
-                assert_same_bits(problem.training(), first, f"{shape}, {dtype}, repeat {i}")
-            assert_same_bits(problem.inference(), problem.inference(), f"{shape}, {dtype}, inference")
-    return {"repeats": run.count(number), "cases": len(shapes) * len(dtypes)}
+                assert_same_bits(problem.training(), first, f"{case}, {dtype}, repeat {i}")
+            assert_same_bits(problem.inference(), problem.inference(), f"{case}, {dtype}, inference")
+    return {"repeats": run.count(number), "cases": len(cases) * len(dtypes)}
+
+
+def on_two_streams(run: Run, problems: Sequence[Problem], what: str) -> None:
+    """Each problem on a stream of its own gives what it gives alone."""
+    alone = [p.training() for p in problems]
+    streams = [torch.cuda.Stream() for _ in problems]
+    for i in range(run.count(50)):
+        torch.cuda.synchronize()
+        results = []
+        for problem, stream in zip(problems, streams, strict=True):
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(100_000)
+                results.append(problem.training())
+        torch.cuda.synchronize()
+        for result, expected in zip(results, alone, strict=True):
+            assert_same_bits(result, expected, f"{what} on two streams, repeat {i}")
 
 
 def captured(compute: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:

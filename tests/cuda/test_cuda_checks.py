@@ -12,8 +12,10 @@ from pathlib import Path
 
 import cuda_checks
 import cuda_persistent_checks
+import internals
 import pytest
 import torch
+from cases import Case, layer
 from torch import nn
 
 import lstm_ext
@@ -73,7 +75,7 @@ def test_what_the_check_of_waits_does_without_a_gpu() -> None:
     assert shape is not None
     plan = cuda_persistent_checks.plan(run, shape, torch.bfloat16, "persistent")
     assert plan["persistent"]["blocks"] == 108
-    assert not cuda_persistent_checks.held_up(run, cuda_checks.Shape(4, 3, 8, 16), 1e-3, 1)
+    assert not cuda_persistent_checks.held_up(run, cuda_checks.sized(4, 3, 8, 16), 1e-3, 1)
 
 
 @pytest.mark.parametrize("fault", ["an error", "NaN", "another number"])
@@ -94,7 +96,7 @@ def test_the_check_of_waits_looks_at_the_results(fault: str, monkeypatch: pytest
     monkeypatch.setattr(lstm_ext, "LSTM", Waiting)
     run = cuda_checks.Run(torch.device("cpu"), quick=True)
     with pytest.raises(Exception, match=r"WAIT_LIMIT allows|is not finite|multiprocessor"):
-        cuda_persistent_checks.held_up(run, cuda_checks.Shape(4, 3, 8, 16), 1e-3, 1)
+        cuda_persistent_checks.held_up(run, cuda_checks.sized(4, 3, 8, 16), 1e-3, 1)
 
 
 def test_the_kernel_that_takes_a_multiprocessor_compiles(tmp_path: Path) -> None:
@@ -106,6 +108,27 @@ def test_the_kernel_that_takes_a_multiprocessor_compiles(tmp_path: Path) -> None
     command = [nvcc, "-cubin", "-arch=sm_90", "-o", str(tmp_path / "occupy.cubin"), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.devices("cuda")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_more_rows_than_a_grid_is_high(dtype: torch.dtype) -> None:
+    """A grid has at most 65,535 blocks in y, of up to 8 rows: the kernels take the rows in strides."""
+    few, many = 300, 8 * 65_535 + 5
+    _, (x, h0, c0, *others) = layer(
+        Case(steps=2, batch=few, input_size=2, hidden_size=3), dtype, 0
+    ).arguments(dtype, "cuda")
+    places = torch.randint(few, (many,))
+    x, h0, c0 = (t.detach()[:, places] for t in (x, h0, c0))
+    results = []
+    for rows in (slice(None), slice(-few, None)):
+        leaf = x[:, rows].clone().requires_grad_()
+        output, _, c_n = internals.lstm_layer(
+            leaf, h0[:, rows].contiguous(), c0[:, rows].contiguous(), *others
+        )
+        (grad,) = torch.autograd.grad(output.square().sum() + c_n.sum(), leaf)
+        results.append([output[:, -few:], c_n[:, -few:], grad[:, -few:]])
+    torch.testing.assert_close(*results)
 
 
 # ---- without the tests' own settings
