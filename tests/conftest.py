@@ -136,7 +136,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             params.get("threads"),
             params.get("number_of_threads"),
         )
-        return params.get("capability") == "amx" and same
+        name = params.get("capability")
+        # A GPU does not care.
+        return (name == "amx" and same) or (params.get("device") == "cuda" and name not in (None, "avx2"))
 
     chosen = _chosen_devices(config)
     kept, left_out = [], []

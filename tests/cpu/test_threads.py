@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import itertools
 import os
 import shlex
@@ -16,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import forks
+import internals
 import pytest
 import torch
-from judge import relative_error
+from cases import Case, layer, ours
 from torch import Tensor
 
 import lstm_ext
@@ -29,14 +31,6 @@ pytestmark = pytest.mark.alone
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 # Seconds of processor time. The interpreter takes the GIL from a thread that runs Python every 0.005.
 ENOUGH = 0.1
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def call_of(direction: str, steps: int) -> Callable[[], object]:
@@ -69,8 +63,9 @@ def long_enough(direction: str) -> Callable[[], object]:
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_others_run_during_a_kernel(one_thread, direction):
+def test_others_run_during_a_kernel(direction):
     """While a thread is in a long kernel, another one runs Python and kernels of its own: no GIL, no lock."""
+    torch.set_num_threads(1)
     long, short = long_enough(direction), call_of(direction, 1)
     done = threading.Event()
     # The time that this thread has had, which no other program on the machine changes.
@@ -129,141 +124,94 @@ def results(module: lstm_ext.LSTM, x: Tensor, hx: tuple[Tensor, Tensor]) -> list
 def test_callers_do_not_disturb_each_other(shape, threads):
     config, batch = SHAPES[shape]
     module = lstm_ext.LSTM(FEATURES, **config)
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        arguments = []
-        for i in range(CALLERS):
-            x = torch.randn(1 if shape == "streaming" else 10 + i, batch, FEATURES, requires_grad=True)
-            _, state = module(x.detach())
-            arguments.append((x, tuple(torch.randn_like(s).requires_grad_() for s in state)))
-        alone = [results(module, *a) for a in arguments]
-        start = threading.Barrier(CALLERS)
+    arguments = []
+    for i in range(CALLERS):
+        x = torch.randn(1 if shape == "streaming" else 10 + i, batch, FEATURES, requires_grad=True)
+        _, state = module(x.detach())
+        arguments.append((x, tuple(torch.randn_like(s).requires_grad_() for s in state)))
+    alone = [results(module, *a) for a in arguments]
+    start = threading.Barrier(CALLERS)
 
-        def call(i: int) -> list[list[Tensor]]:
-            start.wait()
-            return [results(module, *arguments[i]) for _ in range(4)]
+    def call(i: int) -> list[list[Tensor]]:
+        start.wait()
+        return [results(module, *arguments[i]) for _ in range(4)]
 
-        with ThreadPoolExecutor(CALLERS) as pool:
-            together = list(pool.map(call, range(CALLERS)))
-    finally:
-        torch.set_num_threads(before)
+    with ThreadPoolExecutor(CALLERS) as pool:
+        together = list(pool.map(call, range(CALLERS)))
     assert not any(p.grad is not None for p in module.parameters())
     for i, repeated in enumerate(together):
         for found in repeated:
             assert [torch.equal(a, b) for a, b in zip(found, alone[i], strict=True)] == [True] * len(alone[i])
 
 
-# How a call may be cut up: teams that have rows of the batch, and members of a team that have hidden units.
-GRIDS = {"two teams": (20, 8, 72), "two members": (48, 1, 160)}  # steps, rows, hidden units
+# How a call may be cut up: teams that have rows of the batch, members of a team that have hidden units, and both.
+GRIDS = {
+    "teams": Case(steps=20, batch=8, input_size=48, hidden_size=72),
+    "members": Case(steps=48, batch=1, input_size=48, hidden_size=160),
+    "both": Case(steps=3, batch=8, input_size=48, hidden_size=330),
+}
+CELL = {"cell_clip": 0.5, "preactivation_clip": 0.5, "activations": "sigmoid relu relu"}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "both directions": {"bidirectional": True},
     "projection": {"proj_size": 40},
-    "recurrent_dropout": {"recurrent_dropout": 0.3},
-    "zoneout": {"zoneout": (0.2, 0.3)},
-    "layer_norm": {"layer_norm": True},
-    "resets": {},
-    "lengths": {},
-}
-
-
-@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
-@pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize("grid", GRIDS)
-def test_a_grid_of_workers_changes_no_bit(grid, option, recompute):
-    """Layer normalisation is the exception: the gradients of its biases and gains are sums over the workers, which two
-    threads round otherwise."""
-    steps, rows, hidden_size = GRIDS[grid]
-    # A tile engine computes 16 rows as fast as 8.
-    rows *= 8 if loader.extension().cpu_capability() == "amx" and rows > 1 else 1
-    plan = loader.extension().cpu_plan(
-        steps=steps, batch=rows, input_size=FEATURES, hidden_size=hidden_size, threads=2, save=True
-    )
-    assert (plan["forward_batch_groups"], plan["forward_hidden_groups"]) == (
-        (2, 1) if grid == "two teams" else (1, 2)
-    )
-    module = lstm_ext.LSTM(FEATURES, hidden_size, **OPTIONS[option], recompute=recompute)
-    x = torch.randn(steps, rows, FEATURES, requires_grad=True)
-    arguments = {}
-    if option == "resets":
-        arguments = {"resets": torch.rand(steps, rows) < 0.2}
-    elif option == "lengths":
-        arguments = {"lengths": torch.randint(1, steps + 1, (rows,)).clamp_(steps // 2)}
-    sets = 2 if module.bidirectional else 1
-    hx = [
-        torch.randn(sets, rows, n, requires_grad=True) for n in (module.proj_size or hidden_size, hidden_size)
-    ]
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            torch.manual_seed(5)
-            output, (h_n, c_n) = module(x, tuple(hx), **arguments)
-            loss = output.square().sum() + h_n.sum() + c_n.square().sum()
-            found.append([output, h_n, c_n, *torch.autograd.grad(loss, [x, *hx, *module.parameters()])])
-    finally:
-        torch.set_num_threads(before)
-    for one, two in zip(*found, strict=True):
-        if option == "layer_norm":
-            assert relative_error(two, one) <= 4 * torch.finfo(one.dtype).eps
-        else:
-            assert torch.equal(one, two)
-
-
-LAYERS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "both directions": {"bidirectional": True},
-    "projection": {"proj_size": 70},
-    "layer_norm": {"layer_norm": True},
-    "zoneout": {"zoneout": 0.2},
-    "peephole": {"peephole": True, "cell_clip": 0.5, "preactivation_clip": 0.5, "cell_activation": "relu"},
+    "mask": {"mask": True},
+    "zoneout": {"zoneout": "flags"},
+    "layer_norm": {"norm": "own"},
+    "peephole": {"peephole": "own", **CELL},
     "coupled_gates": {"coupled_gates": True},
+    "resets": {"resets": "to a state"},
+    "lengths": {"lengths": True},
 }
 # Gradients that are sums over the workers, by the beginnings of their names: docs/guide/precision.md.
-SUMS = {"layer_norm": ("ln_", "bias_"), "peephole": ("weight_c",)}
+SUMS = {"layer_norm": ("grad of norm", "grad of b_"), "peephole": ("grad of peephole",)}
+
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def passes(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Results of training, gradients, and the output of inference."""
+    with torch.no_grad():
+        inference, *_ = internals.lstm_layer(*layer(case, dtype, 0).arguments(dtype)[1])
+    return {"inference": inference, **ours(case, dtype, 0)}
 
 
 @pytest.fixture
 def many_workers() -> Iterator[None]:
     """Workers that cost nothing, so that small layers have many of them, on two cores."""
-    before = torch.get_num_threads()
     loader.extension().set_worker_costs(0)
     yield
     loader.extension().set_worker_costs(1)
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("many_workers")
-@pytest.mark.parametrize("option", LAYERS)
-@pytest.mark.parametrize("rows", [2, 8])
-def test_a_number_of_threads_changes_no_bit(rows: int, option: str) -> None:
+@pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_number_of_threads_changes_no_bit(grid: str, option: str, recompute: bool) -> None:
     """Except in the gradients of some vectors."""
-    steps, hidden_size = 3, 330
-    module = lstm_ext.LSTM(FEATURES, hidden_size, **LAYERS[option])
-    x = torch.randn(steps, rows, FEATURES, requires_grad=True)
-    _, state = module(x.detach())
-    hx = tuple(torch.randn_like(s).requires_grad_() for s in state)
-    sums = SUMS.get(option, ())
-    inexact = [False] * 7 + [name.startswith(sums) for name, _ in module.named_parameters()]
-
-    def computed(threads: int) -> list[Tensor]:
-        torch.set_num_threads(threads)
-        torch.manual_seed(4)
-        return results(module, x, hx)
-
-    expected = computed(1)
-    for threads in (2, 3, 8, 16, 64):
-        computed_now = computed(threads)
-        plan = loader.extension().cpu_plan(
-            steps=steps, batch=rows, input_size=FEATURES, hidden_size=hidden_size, threads=threads, save=True
-        )
-        assert plan["forward_batch_groups"] * plan["forward_hidden_groups"] > threads // 4
-        for found, one, may_differ in zip(computed_now, expected, inexact, strict=True):
-            if may_differ:
-                torch.testing.assert_close(found, one)
-            else:
-                assert torch.equal(found, one), threads
+    case = dataclasses.replace(GRIDS[grid], **OPTIONS[option], recompute=recompute)
+    if case.lengths:
+        case = dataclasses.replace(case, lengths=tuple(case.steps - b for b in range(case.batch)))
+    for dtype in DTYPES if option == "plain" else DTYPES[:1]:
+        torch.set_num_threads(1)
+        expected = passes(case, dtype)
+        for threads in (2, 3, 8, 16, 64):
+            torch.set_num_threads(threads)
+            plan = loader.extension().cpu_plan(
+                steps=case.steps, batch=case.batch, input_size=case.input_size, hidden_size=case.hidden_size,
+                threads=threads, save=True,
+            )  # fmt: skip
+            teams, members = plan["forward_batch_groups"], plan["forward_hidden_groups"]
+            assert teams * members > threads // 4 or grid != "both"
+            assert (teams > 1 or grid != "teams") and (members > 1 or grid != "members")
+            for name, found in passes(case, dtype).items():
+                if name.startswith(SUMS.get(option, "none")):
+                    torch.testing.assert_close(found, expected[name])
+                else:
+                    assert torch.equal(found, expected[name]), (dtype, threads, name)
 
 
 @pytest.mark.usefixtures("many_workers")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from cases import Case, check, expected, ours
+from cases import LOW, Case, check, expected, ours
 from judge import relative_error
+from test_options_kernels import KINDS
 from tile_engine import build
 from torch import Tensor
 
@@ -156,50 +159,54 @@ SIZES = {
     "several chunks": [sized(70, 12, 33, 34, bidirectional=True)],
     "strided": [sized(5, 18, 40, 40, strides="columns apart")],
 }
+STEPS = sized(6, 11, 35, 40, bidirectional=True)
 OPTIONS = {
     "packed": sized(0, 0, 35, 40, packed=(9, 8, 7, 6, 5, 4, 3, 2, 1, 1, 1, 1), bidirectional=True),
     "lengths": sized(7, 0, 35, 40, lengths=(7, 3, 0, 5, 1, 7, 2, 6, 4, 7, 1), bidirectional=True),
-    "resets": sized(7, 11, 35, 40, resets="to a state", bidirectional=True),
-    "resets to zeros": sized(7, 11, 35, 40, resets="to zeros"),
-    "mask": sized(6, 11, 35, 40, mask=True),
-    "zoneout": sized(6, 11, 35, 40, zoneout="flags", bidirectional=True),
-    "layer norm": sized(6, 11, 35, 40, norm="own"),
-    "returned": sized(6, 11, 35, 40, returned="both"),
-    "recompute": sized(6, 11, 35, 40, recompute=True, bidirectional=True),
+    **{
+        name: dataclasses.replace(STEPS, **KINDS[name])
+        for name in ("resets", "norm", "recompute", "all but norm")
+    },
+    "resets to zeros": dataclasses.replace(STEPS, resets="to zeros"),
     "recompute, projection": sized(6, 11, 35, 70, 33, recompute=True),
-    "everything": sized(
-        6, 11, 35, 70, 33, mask=True, zoneout="flags", resets="to a state", bidirectional=True
-    ),
+    "all, projection": sized(6, 11, 35, 70, 33, bidirectional=True, **KINDS["all but norm"]),
 }
+CASES = {**SIZES, **{name: [case] for name, case in OPTIONS.items()}}
+IN_PAIRS = [PAIRS, pytest.param("avx512_bf16", marks=needs_pairs)]
 
 
-@pytest.mark.parametrize("group", SIZES)
-def test_sizes(engine, group):
-    for case in SIZES[group]:
-        check(case, torch.float32, draws=1 if case.hidden_size > 400 else 3)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    # In 16 bits, the sizes in which a tile may be cut off.
+    [*itertools.product(CASES, [torch.float32]), *itertools.product(("rows", "projection"), LOW)],
+    ids=str,
+)
+def test_layers(engine, name, dtype):
+    for case in CASES[name][:: 1 if dtype == torch.float32 else 2]:
+        check(case, dtype, draws=1 if case.hidden_size > 400 else 3, equations=dtype != torch.float32)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_options(engine, name):
-    check(OPTIONS[name], torch.float32, draws=3)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["rows", "projection"])
-def test_16_bits(engine, name, dtype):
-    for case in SIZES[name][::2]:
-        check(case, dtype, draws=3, equations=True)
-
-
-@pytest.mark.parametrize("where", [PAIRS, pytest.param("avx512_bf16", marks=needs_pairs)])
-@pytest.mark.parametrize("name", [*SIZES, *OPTIONS])
+@pytest.mark.parametrize("where", IN_PAIRS)
+@pytest.mark.parametrize("name", CASES)
 def test_pairs_in_vector_registers(name, where):
     with capability(where):
-        for case in SIZES.get(name, [OPTIONS.get(name)]):
+        for case in CASES[name]:
             assert (
                 bool(case.packed or case.lengths) or plan_of(case, bf16_parts=1)["recurrent_bf16_parts"] == 1
             )
             check(case, torch.bfloat16, draws=3, equations=True)
+
+
+@contextlib.contextmanager
+def precision_of_float32(name: str) -> Iterator[None]:
+    """torch's own switch."""
+    rnn = torch.backends.mkldnn.rnn
+    before = rnn.fp32_precision
+    rnn.fp32_precision = name
+    try:
+        yield
+    finally:
+        rnn.fp32_precision = before
 
 
 # Float32 operands cut to 16 bits, or to 8: the errors of one product are about 2^-17 and 2^-9 of it.
@@ -207,15 +214,10 @@ def test_pairs_in_vector_registers(name, where):
 def test_precision_of_float32_is_torchs_own_switch(engine, precision, least, most):
     case = sized(6, 20, 70, 80, bidirectional=True)
     exact, reference = ours(case, torch.float32, 0), expected(case, torch.float32, 0)
-    rnn = torch.backends.mkldnn.rnn
-    before = rnn.fp32_precision
-    try:
-        rnn.fp32_precision = "ieee"
+    with precision_of_float32("ieee"):
         same = ours(case, torch.float32, 0)
-        rnn.fp32_precision = precision
+    with precision_of_float32(precision):
         rounded = ours(case, torch.float32, 0)
-    finally:
-        rnn.fp32_precision = before
     for name, value in exact.items():
         assert torch.equal(value, same[name])
         assert least < relative_error(rounded[name], reference[name]) < most, name
@@ -226,14 +228,9 @@ def test_without_an_engine_the_switch_changes_nothing():
     case = sized(6, 20, 70, 80)
     with capability(others[0]):
         exact = ours(case, torch.float32, 0)
-        rnn = torch.backends.mkldnn.rnn
-        before = rnn.fp32_precision
-        try:
-            rnn.fp32_precision = "bf16"
+        with precision_of_float32("bf16"):
             for name, value in ours(case, torch.float32, 0).items():
                 assert torch.equal(value, exact[name])
-        finally:
-            rnn.fp32_precision = before
 
 
 def test_which_products_run_on_the_engine(engine):
@@ -341,9 +338,9 @@ def test_workers(engine, shape):
 
 @needs_amx
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", [*SIZES, *OPTIONS])
+@pytest.mark.parametrize("name", CASES)
 def test_amx_has_the_bits_of_the_engine_in_software(name, dtype):
-    for case in SIZES.get(name, [OPTIONS.get(name)])[:2]:
+    for case in CASES[name][:2]:
         results = []
         for engine in ("software", AMX):
             with capability(engine):
@@ -446,34 +443,3 @@ def test_tiny_numbers_keep_the_precision_that_is_left(engine):
         name for name, value in found.items() if name.startswith("grad") and value.shape == (160, 40)
     )
     assert relative_error(found[weight], reference[weight]) < 2**-8
-
-
-def test_training_goes_the_same_way(engine):
-    """Steps of SGD with six products, without the engine, and in float64: the first two differ as rounding does."""
-    steps = 1000 if engine == AMX else 60
-    other = next(name for name in _C.cpu_capabilities() if name != "amx")
-    losses: dict[str, list[float]] = {}
-    ends: dict[str, Tensor] = {}
-    for name, set_, dtype in (
-        ("engine", engine, torch.float32),
-        ("fma", other, torch.float32),
-        ("exact", other, torch.float64),
-    ):
-        torch.manual_seed(0)
-        with capability(set_):
-            layer, head = lstm_ext.LSTM(32, 48).to(dtype), torch.nn.Linear(48, 8).to(dtype)
-            optimizer = torch.optim.SGD([*layer.parameters(), *head.parameters()], lr=0.3, momentum=0.9)
-            generator = torch.Generator().manual_seed(1)
-            losses[name] = []
-            for _ in range(steps):
-                x = torch.randn(12, 16, 32, generator=generator).to(dtype)
-                target = x.cumsum(0)[..., :8].sign().to(dtype)
-                loss = torch.nn.functional.mse_loss(head(layer(x)[0]), target)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                losses[name].append(loss.item())
-            ends[name] = torch.cat([p.detach().double().flatten() for p in layer.parameters()])
-    assert losses["exact"][-1] < 0.8 * losses["exact"][0]
-    errors = {name: relative_error(ends[name], ends["exact"]) for name in ("engine", "fma")}
-    assert errors["engine"] < 2 * errors["fma"] + 1e-6, errors

@@ -9,7 +9,7 @@ avoid; allowed is ``SLACK`` times that, plus a few eps of the result itself for 
 also holds where a sum cancels, without a look at torch's own error, and in float64 as well as in float32,
 since at this size the movement is proportional to the change.
 
-It is not meant to see a rounding error twice as large as necessary; test_random_sizes.py and test_kernels.py do. It is
+It is not meant to see a rounding error twice as large as necessary; test_kernels.py does. It is
 meant to see what is wrong: in float32 the bound is typically 1e-5 of a tensor's norm, in float64 1e-14, and one
 wrong row, one missing term of a sum or a mask of another seed are orders of magnitude above it
 (test_fuzz.py, test_one_wrong_row_is_seen).

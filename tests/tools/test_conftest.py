@@ -129,7 +129,8 @@ def test_paths_are_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     listed = tmp_path / "paths.json"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "paths", "-n", "2"]
     command += ["-c", str(ROOT / "pyproject.toml"), "--list-paths", str(listed)]
-    command += [str(TESTS / "cpu" / "test_options_kernels.py"), "-k", "sixteen or come_from_the"]
+    chosen = "test_cases and avx2 and (resets or returned) and not (packed or projection)"
+    command += [str(TESTS / "cpu" / "test_options_kernels.py"), "-k", chosen]
     environment = os.environ | {"PYTHONPATH": f"{PACKAGE}{os.pathsep}{TESTS}"}
     subprocess.run(command, cwd=tmp_path, check=True, env=environment, capture_output=True)
     found = paths.read(str(listed))
