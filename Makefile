@@ -22,7 +22,7 @@ EXTENSION := lstm_ext/native/_build_info.json
 # With the folders, whose times change when a file goes.
 CSRC := $(shell find csrc)
 
-CXX_FILES = find csrc tests/contract tests/simt tests/cpu/tile_engine tests/cpu/teams_driver.cpp tests/native_library examples benchmarks -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
+CXX_FILES = find csrc tests/simt tests/cpu tests/native_library examples benchmarks -name '*.cpp' -o -name '*.c' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 # The package without its extension, which is built in place by a rule of its own, file by file.
 PIP_INSTALL := LSTM_EXT_SKIP_BUILD=1 $(PY) -m pip install --no-build-isolation
 
@@ -168,7 +168,8 @@ gpu-bench:
 CUDA_LEFT_OUT := simt fuzz tools cpu/test_kernels.py cpu/test_low_precision.py
 cuda-build: $(CUDA_INSTALLED)
 	@mkdir -p build/cuda
-	cd build/cuda && $(CUDA_PY) ../../tests/native/check_cuda_build.py
+	cd build/cuda && LSTM_EXT_BACKEND=aot $(CUDA_PY) -m lstm_ext.info
+	cd build/cuda && $(CUDA_PY) -c 'from lstm_ext.native import loader as l; assert l.has_cuda_kernels(), l.status()'
 	cd build/cuda && $(CUDA_PY) -m pytest $(PYTEST_OPTIONS) -m 'not full' -c ../../pyproject.toml ../../tests \
 	  $(CUDA_LEFT_OUT:%=--ignore=../../tests/%) $(ARGS)
 

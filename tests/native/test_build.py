@@ -11,10 +11,12 @@ import subprocess
 import sys
 import sysconfig
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from test_config import git
 
 import lstm_ext
 import lstm_ext.info
@@ -123,9 +125,10 @@ class Project:  # also used by test_build_cuda.py
         path.chmod(0o755)
         return str(path)
 
-    def ahead_of_time(self, torch_version: str | None, content: bytes = b"", ops: bytes = b"") -> None:
+    def ahead_of_time(self, torch_version: str | None, content: bytes = b"", ops: bytes | None = b"") -> None:
         (self.package / "native" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(content)
-        (self.package / "native" / config.OPS_LIBRARY).write_bytes(ops)
+        if ops is not None:
+            (self.package / "native" / config.OPS_LIBRARY).write_bytes(ops)
         if torch_version is not None:
             config.write_record(self.package / "native", torch_version, "a compiler", "a digest")
 
@@ -414,30 +417,34 @@ def test_an_installed_package_that_is_hidden_is_named(
     assert f"{installed} is installed and built" in jit._hidden()
 
 
-def test_unwritable_cache(project: Project) -> None:
-    (project.root / "jit").touch()
-    error = project.last_error(SHOW, LSTM_EXT_BACKEND="jit")
-    assert "set TORCH_EXTENSIONS_DIR to a folder that you can write" in error
-
-
 @pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_a_backend_on_request_does_not_warn(project: Project, backend: str) -> None:
     returncode, out, err = project.run("-c", USE, LSTM_EXT_BACKEND=backend)
     assert (returncode, out) == (0, "0"), err
 
 
-def test_bad_backend(project: Project) -> None:
-    error = project.last_error(SHOW, LSTM_EXT_BACKEND="fast")
-    assert error.startswith(
-        "ValueError: LSTM_EXT_BACKEND is 'fast': set it to one of auto, aot, jit, torch, reference"
-    )
+# What was done before, the variables, and the text of the last error.
+ERRORS: dict[str, tuple[Callable[[Project], object], dict[str, str], str]] = {
+    "an unwritable cache": (
+        lambda project: (project.root / "jit").touch(), {"LSTM_EXT_BACKEND": "jit"},
+        "set TORCH_EXTENSIONS_DIR to a folder that you can write",
+    ),
+    "a bad backend": (
+        lambda project: None, {"LSTM_EXT_BACKEND": "fast"},
+        "ValueError: LSTM_EXT_BACKEND is 'fast': set it to one of auto, aot, jit, torch, reference",
+    ),
+    "a backend that is not there": (
+        lambda project: None, {"LSTM_EXT_BACKEND": "aot"},
+        "ImportError: LSTM_EXT_BACKEND=aot, but there is no lstm_ext.native._C: build it with",
+    ),
+}  # fmt: skip
 
 
-def test_backend_that_is_not_there(project: Project) -> None:
-    error = project.last_error(SHOW, LSTM_EXT_BACKEND="aot")
-    assert error.startswith(
-        "ImportError: LSTM_EXT_BACKEND=aot, but there is no lstm_ext.native._C: build it with"
-    )
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_says_what_to_do(project: Project, name: str) -> None:
+    prepare, environment, said = ERRORS[name]
+    prepare(project)
+    assert said in project.last_error(SHOW, **environment)
 
 
 def unfit(project: Project, said: str) -> None:
@@ -447,22 +454,28 @@ def unfit(project: Project, said: str) -> None:
     count, _, message = out.partition("\n")
     assert count == "1" and said in message and f"`{BUILD}` compiles them" in message, out
     error = project.last_error(SHOW, LSTM_EXT_BACKEND="aot")
-    assert (
-        error.startswith("ImportError: LSTM_EXT_BACKEND=aot, but ")
-        and said in error
-        and ": build it with" in error
-    )
+    assert error.startswith("ImportError: LSTM_EXT_BACKEND=aot, but ") and ": build it with" in error
+    assert said in error
 
 
-@pytest.mark.parametrize("version", ["1.2.3", f"{torch.__version__.partition('+')[0]}.dev20260901"])
-def test_built_for_another_torch(project: Project, version: str) -> None:
-    project.ahead_of_time(version)
-    unfit(project, f"was built for torch {version}, and torch {torch.__version__} is installed")
+NIGHTLY = f"{torch.__version__.partition('+')[0]}.dev20260901"
 
 
-def test_built_for_nobody_knows_what(project: Project) -> None:
-    project.ahead_of_time(None)
-    unfit(project, f"has no {config.RECORD} beside it")
+@pytest.mark.parametrize(
+    ("version", "libraries", "said"),
+    [
+        ("1.2.3", {}, f"was built for torch 1.2.3, and torch {torch.__version__} is installed"),
+        (NIGHTLY, {}, f"was built for torch {NIGHTLY}, and torch {torch.__version__} is installed"),
+        (None, {}, f"has no {config.RECORD} beside it"),
+        (torch.__version__, {"ops": None}, f"has no {config.OPS_LIBRARY} beside it"),
+    ],
+    ids=["another torch", "a nightly build", "nobody knows what", "one library without the other"],
+)
+def test_a_library_that_does_not_fit(
+    project: Project, version: str | None, libraries: dict, said: str
+) -> None:
+    project.ahead_of_time(version, **libraries)
+    unfit(project, said)
 
 
 @pytest.mark.parametrize("broken", ["python", "operators"])
@@ -476,12 +489,6 @@ def test_undefined_symbol(project: Project, broken: str) -> None:
     project.ahead_of_time(torch.__version__, contents["python"], contents["operators"])
     unfit(project, f"does not fit the installed torch {torch.__version__} (")
     assert "missing_from_torch" in project.last_error(SHOW, LSTM_EXT_BACKEND="aot")
-
-
-def test_one_library_without_the_other(project: Project) -> None:
-    project.ahead_of_time(torch.__version__)
-    (project.package / "native" / config.OPS_LIBRARY).unlink()
-    unfit(project, f"has no {config.OPS_LIBRARY} beside it")
 
 
 MINOR = ".".join(torch.__version__.split(".")[:2])
@@ -572,14 +579,6 @@ def test_libraries_of_different_builds(tmp_path: Path) -> None:
     assert run.stderr.splitlines()[-1].startswith(
         "ImportError: lstm_ext: its libraries are of different builds"
     )
-
-
-def git(folder: Path, *arguments: str) -> str:
-    identity = ["-c", "user.name=A Person", "-c", "user.email=person@example.org"]
-    run = subprocess.run(
-        ["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True
-    )
-    return run.stdout.strip()
 
 
 def test_info_has_the_commit(project: Project) -> None:
