@@ -151,29 +151,6 @@ def test_gluonts_trains_predicts_and_saves(tmp_path):
     np.testing.assert_allclose(samples(loaded, data), expected, **FORECAST)
 
 
-def test_gluonts_is_as_accurate():
-    pytest.importorskip("gluonts")
-    from gluonts.torch.model.deepar import DeepARModel
-
-    torch.manual_seed(0)
-    model = DeepARModel("D", context_length=10, prediction_length=5, hidden_size=16, dropout_rate=0.0)
-    target = torch.from_numpy(np.stack([season(model.past_length + 5, k) for k in range(3)]))
-    past, future = target[:, :-5], target[:, -5:]
-    day = (torch.arange(target.size(1)) % 7 / 6.0 - 0.5).double()[None, :, None].expand(3, -1, 1)
-
-    def run(model: nn.Module) -> dict[str, Tensor]:
-        dtype = model.rnn.weight_hh_l0.dtype
-        cat, real = torch.zeros(3, 1, dtype=torch.long), torch.zeros(3, 1, dtype=dtype)
-        inputs = (day[:, :-5], past, torch.ones_like(past), day[:, -5:], future)
-        params, _, output, _, _ = model.unroll_lagged_rnn(cat, real, *[t.to(dtype) for t in inputs])
-        return with_gradients(
-            model, {"output": output, **{f"parameter {i}": p for i, p in enumerate(params)}}
-        )
-
-    check_accuracy(model, run)
-    check_state_dicts(model)
-
-
 # ---- neuralforecast
 
 

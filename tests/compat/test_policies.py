@@ -138,26 +138,6 @@ def runner_of_rsl_rl():
     return runners.OnPolicyRunner(toy_env(), config_of_rsl_rl())
 
 
-def test_rsl_rl_updates_from_padded_trajectories():
-    pytest.importorskip("rsl_rl")
-    from tensordict import TensorDict
-
-    model = runner_of_rsl_rl().alg.critic
-    x, h, c = torch.randn(9, 5, 4), torch.randn(1, 5, 16), torch.randn(1, 5, 16)
-    masks = torch.arange(9)[:, None] < torch.tensor(
-        [9, 9, 9, 6, 3]
-    )  # whole rows of nine: as rsl_rl cuts them
-
-    def run(model: nn.Module) -> dict[str, Tensor]:
-        dtype = model.rnn.rnn.weight_hh_l0.dtype
-        observations = TensorDict({"policy": x.to(dtype)}, [9, 5])
-        y = model(observations, masks, (h.to(dtype), c.to(dtype)))
-        return with_gradients(model, {"y": y})
-
-    check_accuracy(model, run)
-    check_state_dicts(model)
-
-
 def test_rsl_rl_learns_saves_and_loads(tmp_path):
     theirs, ours = runner_of_rsl_rl(), runner_of_rsl_rl()
     for model in (ours.alg.actor, ours.alg.critic):

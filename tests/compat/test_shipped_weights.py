@@ -56,19 +56,6 @@ def test_easyocr_reads_the_same():
     assert ours[1] == pytest.approx(theirs[1], rel=1e-4)
 
 
-def test_easyocr_is_as_accurate():
-    reader = reader_of_easyocr(quantize=False)
-    image = torch.from_numpy(line_of_text("Long short memory 1997"))[None, None] / 127.5 - 1
-
-    def run(model: nn.Module) -> dict[str, Tensor]:
-        prediction = model(image.to(model.Prediction.weight.dtype), None)
-        return with_gradients(model, {"prediction": prediction})
-
-    recognizer = reader.recognizer.eval()
-    check_accuracy(recognizer, run, count=2)
-    check_state_dicts(recognizer, count=2)
-
-
 def test_easyocr_quantized_is_refused():
     reader = reader_of_easyocr(quantize=True)
     if not any(["quantized" in type(module).__module__ for module in reader.recognizer.modules()]):
