@@ -2,7 +2,7 @@
 
     python tests/tools/sanitize.py                  # all
     python tests/tools/sanitize.py address [ARG...] # the extension's tests, or what pytest is asked for
-    python tests/tools/sanitize.py driver           # teams_driver.cpp: the CPU kernels without torch, 2 to 8 workers
+    python tests/tools/sanitize.py driver           # tests/cpu/driver: the CPU kernels without torch, 2 to 8 workers
 
 The first builds a copy of the tree for the address and the undefined-behaviour sanitizer. Before the tests, two
 functions of that build that are wrong have to be reported. The driver runs under these two, which see each load of its
@@ -40,7 +40,7 @@ SETS = ("avx512",)  # beside AVX2
 
 # What calls the kernels. Tests of times and of machine code have nothing to say here.
 FOLDERS = {
-    "cpu": "kernels options_kernels frozen_bytes threads combinations low_precision",
+    "cpu": "kernels options_kernels frozen_bytes threads low_precision",
     "call": "packed lengths resets options",
     "matrix": "matrix faults",
     "nn": "frozen streaming forward cell serialization",
@@ -50,8 +50,7 @@ FOLDERS = {
 TESTS = tuple(f"tests/{folder}/test_{name}.py" for folder, names in FOLDERS.items() for name in names.split())
 LEFT_OUT = (
     "tests/cpu/test_kernels.py::test_no_newer_instructions_outside_the_sets",
-    "tests/cpu/test_kernels.py::test_gradients_of_weights_take_no_new_memory_in_each_call",
-    "tests/cpu/test_kernels.py::test_layers_of_different_sizes_keep_their_memory",
+    "tests/cpu/test_kernels.py::test_calls_take_no_new_memory",
     "tests/cpu/test_threads.py::test_others_run_during_a_kernel",
     "tests/cpu/test_threads.py::test_workers_that_share_a_core_become_one",
 )
@@ -82,7 +81,7 @@ ORDERS = ("__ATOMIC_ACQ_REL", "__ATOMIC_RELEASE", "__ATOMIC_ACQUIRE")
 SOFTWARE = ["-DLSTM_EXT_ISA_SOFTWARE", '-DLSTM_EXT_SOFTWARE_SIMD="tile_engine/simd.h"', "-march=native"]
 DRIVERS = {"registers": SOFTWARE, "engine": [*SOFTWARE, '-DLSTM_EXT_TILE_ENGINE="tile_engine/engine.h"']}
 DRIVER = (
-    "tests/cpu/teams_driver.cpp",
+    "tests/cpu/driver/main.cpp",
     *(f"csrc/cpu/{name}.cpp" for name in ("cost", "layout", "plan", "wait_limit")),
 )
 
