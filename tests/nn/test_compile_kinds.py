@@ -16,12 +16,14 @@ import pytest
 import torch
 import torch._dynamo
 from graphs import Graphs
+from lstm_models import Doubling
 from torch import nn
 from torch.nn.utils import parametrizations
 
 import lstm_ext
 from lstm_ext.native import loader
 from lstm_ext.nn import dynamo
+from lstm_ext.nn.torch_lstm import PatchedLSTM
 
 T, B, I, H = 4, 2, 3, 5
 
@@ -40,20 +42,9 @@ class Model(nn.Module):
         return sum(layer(x)[0].sum(-1) for layer in self.layers)
 
 
-class Doubling(nn.LSTM):
-    def forward(self, x, hx=None):
-        output, states = super().forward(x, hx)
-        return 2 * output, states
-
-
 class Own(nn.LSTM):
     def forward(self, x, hx=None):
         return nn.LSTM.forward(self, x, hx)
-
-
-def patched() -> nn.Module:
-    with lstm_ext.patch():
-        return nn.LSTM(I, H)
 
 
 def normed() -> nn.Module:
@@ -62,7 +53,7 @@ def normed() -> nn.Module:
 
 KINDS = {
     "converted": lambda: lstm_ext.convert(nn.LSTM(I, H, 2, bidirectional=True)),
-    "patched": patched,
+    "patched": lambda: PatchedLSTM(I, H),
     "parametrized": normed,
     "subclass": lambda: lstm_ext.convert(Doubling(I, H), subclasses=True),
 }
@@ -205,13 +196,6 @@ def test_twice_is_as_once():
     assert not is_refused(Model(KINDS["converted"]()), x)
     assert is_refused(Model(nn.LSTM(I, H)), x)
     assert not any(getattr(finder, "_lstm_ext_key", "") == "dynamo" for finder in sys.meta_path)
-
-
-def test_plain_layers_do_not_need_it():
-    model, x = nn.Sequential(nn.LSTM(I, H)), torch.randn(T, B, I)
-    lstm_ext.convert(model, as_subclass=False)
-    assert type(model[0]) is lstm_ext.LSTM and not isinstance(model[0], nn.LSTM)
-    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
 
 
 # ---- processes of their own

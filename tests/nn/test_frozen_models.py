@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from judge import relative_error
+from lstm_models import LIBRARIES, TORCH, Doubling, Plain, WithCode, made, required
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -32,45 +33,18 @@ class Model(nn.Module):
         return self.read(self.lstm(self.embed(x))[0])
 
 
-def test_models_are_copied() -> None:
-    model = Model()
-    x = torch.randn(6, 3, 8)
-    before = model(x).detach()
-    frozen = lstm_ext.freeze(model, torch.int8)
-    assert type(frozen.lstm) is lstm_ext.FrozenLSTM and frozen.same is frozen.lstm
-    assert type(model.lstm) is lstm_ext.LSTM and model.training and not frozen.training
-    y = frozen(x)  # nothing requires gradients
-    assert not y.requires_grad and relative_error(y, before.double()) < 2e-2
-    with torch.no_grad():
-        for p in model.parameters():
-            p.zero_()
-    assert torch.equal(frozen(x), y)
-
-    back = lstm_ext.unfreeze(frozen)
-    torch.testing.assert_close(back(x), before)
-    needed = {name for name, p in back.named_parameters() if p.requires_grad}
-    assert needed == {name for name, p in Model().named_parameters() if p.requires_grad}
-    back.train()(x).sum().backward()
-    assert type(back.lstm) is lstm_ext.LSTM and back.same is back.lstm
-
-    theirs = nn.Sequential(nn.LSTM(4, 5)).eval()
-    assert torch.equal(lstm_ext.freeze(theirs)[0](x[..., :4])[0], lstm_ext.freeze(theirs[0])(x[..., :4])[0])
-
-
-def test_state_dict_pickle_and_copies() -> None:
-    model, x = Model(), torch.randn(6, 3, 8)
-    frozen = lstm_ext.freeze(model, torch.bfloat16)
-    y = frozen(x)
-    assert frozen.state_dict().keys() == model.state_dict().keys()
-    data = pickle.dumps(frozen)
-    weights = sum(p.numel() * 4 for p in model.parameters())
-    assert len(data) < 1.5 * weights + 10_000  # without what is packed
-    for same in (pickle.loads(data), copy.deepcopy(frozen), lstm_ext.freeze(frozen, torch.bfloat16)):
-        assert torch.equal(same(x), y)
-    other = lstm_ext.freeze(Model(), torch.bfloat16)
-    other.load_state_dict(model.state_dict())
-    assert torch.equal(other(x), y)
-    assert frozen.half()(x.half()).dtype == torch.float16
+def test_names_and_pickles() -> None:
+    """A pickle is without what is packed; a shallow copy computes the same."""
+    for name, text in (
+        ("ours", "FrozenLSTM"),
+        ("torch", "FrozenTorchLSTM"),
+        ("subclass of torch's", "FrozenPlain"),
+    ):
+        layer, x = lstm_ext.freeze(LIBRARIES[name].LSTM(60, 90)), torch.randn(5, 60)
+        assert repr(layer).startswith(f"{text}(60, 90")
+        assert len(pickle.dumps(layer)) < 1.5 * sum(p.numel() * 4 for p in layer.parameters()) + 10_000
+        shallow = copy.copy(layer)
+        assert type(shallow) is type(layer) and torch.equal(shallow(x)[0], layer(x)[0])
 
 
 def test_compiled_and_exported(tmp_path: Any) -> None:
@@ -105,125 +79,11 @@ def test_ahead_of_time(tmp_path: Any) -> None:
         torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), frozen(x))
 
 
-class Plain(nn.LSTM):
-    """A subclass without code."""
-
-
-class PlainOurs(lstm_ext.LSTM):
-    """A subclass without code."""
-
-
-class WithCode(nn.LSTM):
-    def forward(self, x, hx=None):
-        return super().forward(2 * x, hx)
-
-
-class WithCodeOurs(lstm_ext.LSTM):
-    def helper(self):
-        pass
-
-
-CLASSES = [lstm_ext.LSTM, lstm_ext.TorchLSTM, nn.LSTM, Plain, PlainOurs, "converted", "patched"]
-
-
-def layer_of(cls: Any, *args: Any, **kwargs: Any) -> Any:
-    if cls == "converted":
-        return lstm_ext.convert(Plain(*args, **kwargs))
-    if cls == "patched":
-        with lstm_ext.patch():
-            return nn.LSTM(*args, **kwargs)
-    return cls(*args, **kwargs)
-
-
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Any:
     """After an error, dynamo does not compile the same code again."""
     yield
     torch._dynamo.reset()
-
-
-every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: getattr(cls, "__name__", cls))
-
-
-class Halve:
-    """A hook with a state of its own."""
-
-    def __init__(self) -> None:
-        self.calls = 0
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        self.calls += 1
-        return output[0] / 2, output[1]
-
-
-@every_class
-def test_hooks_come_along(cls: Any) -> None:
-    layer, seen, halve, x = layer_of(cls, 3, 4), [], Halve(), torch.randn(5, 2, 3)
-
-    def note(name: str) -> Any:
-        return lambda module, *rest, **kwargs: seen.append((name, module))
-
-    handles = [
-        layer.register_forward_pre_hook(lambda module, args: (3 * args[0],)),
-        layer.register_forward_pre_hook(note("pre"), with_kwargs=True),
-        layer.register_forward_hook(halve),
-        layer.register_forward_hook(note("forward"), with_kwargs=True),
-        layer.register_forward_hook(note("always"), always_call=True),
-        layer.register_full_backward_pre_hook(note("backward pre")),
-        layer.register_full_backward_hook(note("backward")),
-        layer.register_state_dict_pre_hook(note("state_dict pre")),
-        layer.register_state_dict_post_hook(note("state_dict")),
-        layer.register_load_state_dict_pre_hook(note("load pre")),
-        layer.register_load_state_dict_post_hook(note("load")),
-    ]
-    names = ["pre", "forward", "always", "state_dict pre", "state_dict", "load pre", "load"]
-    layer.handle = handles[2]  # that of a copy belongs to the copy, as with copy.deepcopy
-    with torch.no_grad():
-        expected = layer(x)[0]
-    frozen = lstm_ext.freeze(layer)
-    back = lstm_ext.unfreeze(frozen)
-    for same in (frozen, lstm_ext.freeze(frozen, torch.bfloat16), copy.deepcopy(frozen), back):
-        seen.clear()
-        with torch.no_grad():
-            y = same(x)[0]
-        torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-2)
-        same.load_state_dict(same.state_dict())
-        assert seen == [(name, same) for name in names]
-    assert halve.calls == 1
-    seen.clear()
-    back(x)[0].sum().backward()
-    assert ("backward pre", back) in seen and ("backward", back) in seen
-
-    frozen.handle.remove()
-    assert len(frozen._forward_hooks) == 2 and len(layer._forward_hooks) == len(back._forward_hooks) == 3
-    for handle in handles:
-        handle.remove()
-    assert not layer._forward_hooks and not layer._forward_pre_hooks
-    assert len(frozen._forward_hooks) == 2 and len(frozen._forward_pre_hooks) == 2
-
-
-@every_class
-def test_attributes_come_along(cls: Any) -> None:
-    model = nn.Sequential(layer_of(cls, 3, 4))
-    layer = model[0]
-    layer.packed_lengths = [3, 2]
-    layer.note, layer.extra, layer.scale = {"mine": [1]}, nn.Linear(2, 2), nn.Parameter(torch.ones(1))
-    layer.register_buffer("mean", torch.randn(3))
-    layer.register_buffer("seen", torch.zeros(1), persistent=False)
-    model.first = layer.weight_ih_l0
-    before = {*vars(layer)}
-    frozen = lstm_ext.freeze(model)
-    for same in (
-        frozen,
-        pickle.loads(pickle.dumps(frozen)),
-        lstm_ext.freeze(frozen),
-        lstm_ext.unfreeze(frozen),
-    ):
-        assert same[0].note == {"mine": [1]} and same[0].note is not layer.note
-        assert torch.equal(same[0].mean, layer.mean) and same[0].seen is not layer.seen
-        assert same.state_dict().keys() == model.state_dict().keys()
-        assert same.first is same[0].weight_ih_l0 and same[0].extra is not layer.extra
-    assert {*vars(lstm_ext.unfreeze(frozen)[0])} == before == {*vars(layer)}
 
 
 def test_a_compiled_layer_is_copied_uncompiled() -> None:
@@ -300,9 +160,9 @@ def test_what_is_refused_by_name(reason: str, cls: Any) -> None:
 @pytest.mark.parametrize(
     ("layer", "text"),
     [
+        (Doubling(3, 4), "Doubling.*: a subclass with code of its own"),
         (WithCode(3, 4), "WithCode.*: a subclass with code of its own"),
-        (WithCodeOurs(3, 4), "WithCodeOurs.*: a subclass with code of its own"),
-        (lstm_ext.convert(WithCode(3, 4), subclasses=True), "WithCode.*: a subclass with code of its own"),
+        (lstm_ext.convert(Doubling(3, 4), subclasses=True), "Doubling.*: a subclass with code of its own"),
         (replaced(nn.LSTM(3, 4), "frozen_weights", True), "its attribute frozen_weights has another meaning"),
         (replaced(nn.LSTM(3, 4), "step", 0), "its attribute step has another meaning"),
         (with_added(nn.LSTM(3, 4), "layer_norm"), "its attribute layer_norm has another meaning"),
@@ -326,98 +186,22 @@ def test_a_model_that_its_copies_share_is_refused() -> None:
     assert type(model[0][0]) is nn.LSTM and all(p.requires_grad for p in model.parameters())
 
 
-class Tied(nn.Module):
-    """Two layers of common weights, one of them used twice, and a table whose rows a layer reads as a bias."""
-
-    def __init__(self, cls: Any) -> None:
-        super().__init__()
-        self.first, self.second, self.third = (layer_of(cls, 4, 4) for _ in range(3))
-        self.second.weight_hh_l0, self.again = self.first.weight_hh_l0, self.third
-        self.embed = nn.Embedding(16, 4)
-        self.third.weight_ih_l0 = self.embed.weight
-        self.read = nn.Linear(4, 2)
-        self.read.weight.requires_grad_(False)
-        self.first.bias_ih_l0.requires_grad_(False)
-        self.embed.weight.requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        for layer in (self.first, self.second, self.third, self.again):
-            x = layer(x)[0]
-        return self.read(x)
-
-
-@every_class
-def test_tied_weights_stay_tied(cls: Any) -> None:
-    model, x = Tied(cls), torch.randint(16, (5, 2))
-    model.second._init_flat_weights()
-    model.third._init_flat_weights()
-    with torch.no_grad():
-        expected = model(x)
-    frozen = lstm_ext.freeze(model)
-    back = lstm_ext.unfreeze(lstm_ext.freeze(frozen, torch.bfloat16))
-    for same in (frozen, copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen)), back):
-        assert same.second.weight_hh_l0 is same.first.weight_hh_l0 is not model.first.weight_hh_l0
-        assert same.third.weight_ih_l0 is same.embed.weight and same.again is same.third
-        with torch.no_grad():
-            torch.testing.assert_close(same(x), expected)
-    back.train()(x).sum().backward()
-    with torch.no_grad():
-        back.embed.weight.mul_(2)  # a trained model sees it in both places
-        assert not torch.allclose(back(x), expected)
-
-
-def required(model: nn.Module) -> set[str]:
-    return {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-
-
 def test_requires_grad_is_as_it_was() -> None:
-    model = Tied(nn.LSTM)
+    """That of a part, of a larger model, and of what was set in between."""
+    model = made("Tied", TORCH)
     wanted = required(model)
     frozen = lstm_ext.freeze(model)
-    assert not required(frozen) and required(model) == wanted
-    again = lstm_ext.freeze(frozen, torch.bfloat16)
-    for same in (frozen, again, copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
-        assert required(lstm_ext.unfreeze(same)) == wanted
     assert required(lstm_ext.unfreeze(frozen.first)) == required(model.first) != set()
     head = nn.Linear(2, 2)
     head.bias.requires_grad_(False)
     wrapper = nn.Sequential(frozen, head)
     everything = {f"0.{name}" for name in wanted} | {"1.weight"}
-    assert required(lstm_ext.unfreeze(wrapper)) == everything
-    assert required(lstm_ext.unfreeze(lstm_ext.freeze(wrapper))) == everything
+    for whole in (wrapper, lstm_ext.freeze(wrapper)):
+        assert required(lstm_ext.unfreeze(whole)) == everything
     wrapper[0].read.weight.requires_grad_(True)
-    for same in (wrapper, lstm_ext.freeze(wrapper)):
-        assert required(lstm_ext.unfreeze(same)) == everything | {"0.read.weight"}
-
-
-@every_class
-def test_kinds_are_kept(cls: Any) -> None:
-    layer = layer_of(cls, 3, 4, num_layers=2, dropout=0.5)
-    before, x = type(layer), torch.randn(5, 2, 3)
-    frozen = lstm_ext.freeze(layer)
-    with torch.no_grad():
-        expected = frozen(x)[0]
-    for same in (
-        frozen,
-        copy.deepcopy(frozen),
-        copy.copy(frozen),
-        pickle.loads(pickle.dumps(frozen)),
-        lstm_ext.freeze(frozen),
-    ):
-        assert type(same) is type(frozen) and isinstance(same, lstm_ext.FrozenLSTM)
-        assert isinstance(same, nn.LSTM) == isinstance(layer, nn.LSTM)
-        assert isinstance(same, lstm_ext.FrozenTorchLSTM) == isinstance(layer, nn.LSTM)
-        assert before is nn.LSTM or isinstance(same, getattr(before, "_derived_from", before))
-        with torch.no_grad():
-            assert torch.equal(same(x)[0], expected)
-        back = lstm_ext.unfreeze(same)
-        assert type(back) is before and repr(back) == repr(layer) and not back.training
-        assert vars(back).keys() == vars(layer).keys()
-        torch.testing.assert_close(back(x)[0], expected)
-    named = {lstm_ext.LSTM: "FrozenLSTM", nn.LSTM: "FrozenTorchLSTM", Plain: "FrozenPlain"}
-    if before in named:
-        assert repr(frozen).startswith(f"{named[before]}(3, 4")
+    everything |= {"0.read.weight", "0.third.weight_ih_l0", "0.again.weight_ih_l0"}
+    for whole in (wrapper, lstm_ext.freeze(wrapper)):
+        assert required(lstm_ext.unfreeze(whole)) == everything
 
 
 @pytest.mark.parametrize(

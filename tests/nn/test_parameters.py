@@ -1,14 +1,15 @@
-"""Parameters: read afresh by attribute in every call, and exchanged with torch.nn.LSTM in both directions."""
+"""Parameters: read afresh by attribute in every call, plain or computed, and exchanged with torch's layers."""
 
 import copy
+import inspect
 import io
-import pickle
 import warnings
 
 import pytest
 import torch
+from lstm_models import COMPUTED
 from torch import nn
-from torch.func import functional_call, stack_module_state
+from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize
 
 import lstm_ext
@@ -16,6 +17,7 @@ import lstm_ext
 pytestmark = pytest.mark.devices("cpu", "cuda")
 
 FULL = {"num_layers": 2, "bidirectional": True, "proj_size": 2}
+SIZES = list(inspect.signature(lstm_ext.LSTM).parameters)[:8]
 
 
 def output_of(module, x):
@@ -26,17 +28,8 @@ def output_of(module, x):
 
 def assert_same_as_torch(module, x):
     """With the weights that the module has as attributes at this moment."""
-    theirs = nn.LSTM(
-        module.input_size,
-        module.hidden_size,
-        module.num_layers,
-        module.bias,
-        module.batch_first,
-        0.0,
-        module.bidirectional,
-        module.proj_size,
-        dtype=x.dtype,
-    )
+    sizes = (getattr(module, name) for name in SIZES)
+    theirs = nn.LSTM(*sizes, dtype=x.dtype)
     with torch.no_grad():
         for name, p in theirs.named_parameters():
             p.copy_(getattr(module, name))
@@ -51,6 +44,11 @@ def lstm():
 @pytest.fixture
 def x():
     return torch.randn(5, 2, 3, dtype=torch.float64)
+
+
+def set_storage(p):
+    with torch.no_grad():
+        p.set_(torch.randn_like(p))
 
 
 def fill_past_torch(p, value):
@@ -74,10 +72,11 @@ def fill_past_torch(p, value):
         lambda p: setattr(p, "data", torch.randn_like(p[:1]).expand_as(p)),
         lambda p: setattr(p, "data", torch.randn_like(p.repeat_interleave(2, dim=0))[::2]),
         lambda p: setattr(p, "data", torch.randn(p.numel() + 1, dtype=p.dtype)[1:].view_as(p)),
+        set_storage,
     ],
     ids=[
         *("data.copy_", "data.mul_", "data=", "detach", "numpy"),
-        *("transposed", "expanded", "every other row", "odd address"),
+        *("transposed", "expanded", "every other row", "odd address", "set_"),
     ],
 )
 def test_a_changed_weight_is_seen_by_the_next_call(lstm, x, change, grad):
@@ -87,34 +86,6 @@ def test_a_changed_weight_is_seen_by_the_next_call(lstm, x, change, grad):
         for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
             change(getattr(lstm, name))
             assert_same_as_torch(lstm, x)
-
-
-def test_set_on_a_parameter(lstm, x):
-    before = output_of(lstm, x)
-    with torch.no_grad():
-        lstm.weight_hh_l0.set_(torch.randn(16, 4, dtype=torch.float64))
-    assert not torch.equal(output_of(lstm, x), before)
-    assert_same_as_torch(lstm, x)
-
-
-@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
-@pytest.mark.parametrize("implementation", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
-def test_optimizer_steps(x, optimizer, implementation):
-    torch.manual_seed(0)
-    ours = lstm_ext.LSTM(3, 4, **FULL, dtype=torch.float64)
-    theirs = nn.LSTM(3, 4, **FULL, dtype=torch.float64)
-    theirs.load_state_dict(ours.state_dict())
-    losses = []
-    for module in (ours, theirs):
-        steps = optimizer(module.parameters(), lr=0.05, **implementation)
-        for _ in range(4):
-            loss = output_of(module, x).square().sum()
-            losses.append(loss.item())
-            steps.zero_grad()
-            loss.backward()
-            steps.step()
-    assert losses[0] > losses[3]
-    assert losses[:4] == pytest.approx(losses[4:], rel=1e-10)
 
 
 def test_assignment_and_tying(lstm, x):
@@ -172,48 +143,6 @@ def test_all_weights_follow(lstm, device):
     assert_follow()
 
 
-def test_parameters_as_one_vector(lstm, x):
-    """vector_to_parameters: each weight is a piece of the vector, wherever that begins."""
-    vector = nn.utils.parameters_to_vector(lstm.parameters()).detach()
-    nn.utils.vector_to_parameters(torch.randn(len(vector) + 1, dtype=torch.float64)[1:], lstm.parameters())
-    assert not torch.equal(nn.utils.parameters_to_vector(lstm.parameters()), vector)
-    assert_same_as_torch(lstm, x)
-
-
-def test_averaged_model(x):
-    ours = lstm_ext.LSTM(3, 4, **FULL, dtype=torch.float64)
-    averaged = torch.optim.swa_utils.AveragedModel(
-        ours, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5)
-    )
-    averaged.update_parameters(ours)
-    first = {name: p.detach().clone() for name, p in ours.named_parameters()}
-    for p in ours.parameters():
-        p.data.copy_(torch.randn_like(p))
-    assert not torch.equal(output_of(averaged, x), output_of(ours, x))
-    averaged.update_parameters(ours)
-    for name, p in averaged.module.named_parameters():
-        torch.testing.assert_close(p, (first[name] + getattr(ours, name)) / 2)
-    assert_same_as_torch(averaged.module, x)
-
-
-def test_dropped_weights(lstm, x):
-    """WeightDrop: the parameter is taken away, a computed tensor of its name takes its place in each call."""
-    raw = lstm.weight_hh_l0
-    del lstm._parameters["weight_hh_l0"]
-    lstm.register_parameter("weight_hh_l0_raw", raw)
-    for _ in range(2):
-        lstm.weight_hh_l0 = nn.functional.dropout(raw, 0.5)
-        assert_same_as_torch(lstm, x)
-        raw.grad = None
-        lstm(x)[0].sum().backward()
-        assert torch.equal(raw.grad == 0, lstm.weight_hh_l0 == 0)
-
-
-def test_an_instance_attribute_goes_before_the_parameter(lstm, x):
-    lstm.__dict__["weight_hh_l0"] = torch.zeros(16, 4, dtype=torch.float64)
-    assert_same_as_torch(lstm, x)
-
-
 def test_functional_call(lstm, x):
     before = output_of(lstm, x)
     others = {name: torch.randn_like(p) for name, p in lstm.named_parameters()}
@@ -248,81 +177,23 @@ def test_functional_call_gradients(lstm, x):
         torch.testing.assert_close(weights[name].grad, p.grad)
 
 
-def test_stack_module_state(lstm, x):
-    models = [lstm, lstm_ext.LSTM(3, 4, dtype=torch.float64)]
-    parameters, buffers = stack_module_state(models)
-    assert not buffers
-    for k, model in enumerate(models):
-        taken = {name: p[k] for name, p in parameters.items()}
-        torch.testing.assert_close(functional_call(lstm, taken, (x,))[0], output_of(model, x))
-
-
-def test_weight_norm_by_hook(lstm, x):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated in torch
-        torch.nn.utils.weight_norm(lstm, "weight_hh_l0")
-    with torch.no_grad():
-        lstm.weight_hh_l0_g.mul_(2)
-    output = output_of(lstm, x)
-    norm = lstm.weight_hh_l0_v.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(lstm.weight_hh_l0, lstm.weight_hh_l0_v * lstm.weight_hh_l0_g / norm)
-    assert_same_as_torch(lstm, x)
-    output.sum().backward()
-    assert lstm.weight_hh_l0_g.grad.abs().sum() > 0
-
-
-def test_weight_norm_by_parametrization(lstm, x):
-    parametrizations.weight_norm(lstm, "weight_hh_l0")
-    before = output_of(lstm, x)
-    with torch.no_grad():
-        lstm.parametrizations.weight_hh_l0.original0.mul_(2)
-    output = output_of(lstm, x)
-    assert not torch.equal(output, before)
-    assert_same_as_torch(lstm, x)
-    output.sum().backward()
-    assert lstm.parametrizations.weight_hh_l0.original0.grad.abs().sum() > 0
-    parametrize.remove_parametrizations(lstm, "weight_hh_l0")
-    assert_same_as_torch(lstm, x)
-
-
-@pytest.mark.parametrize("config", [{}, FULL, {"bias": False}], ids=str)
+@pytest.mark.parametrize("config", [{}, FULL, {"bias": False}, None], ids=str)
 def test_state_dict_both_ways(config):
-    ours, theirs = lstm_ext.LSTM(3, 4, **config), nn.LSTM(3, 4, **config)
+    """Of layers, and of cells (None)."""
+    name, options = ("LSTMCell", {}) if config is None else ("LSTM", config)
+    ours, theirs, other, meta = (
+        getattr(package, name)(3, 4, **options, device=device)
+        for package, device in ((lstm_ext, None), (nn, None), (lstm_ext, None), (lstm_ext, "meta"))
+    )
     assert list(ours.state_dict()) == list(theirs.state_dict())
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    other = lstm_ext.LSTM(3, 4, **config)
-    other.load_state_dict(theirs.state_dict(), strict=True)
-    x = torch.randn(5, 2, 3)
-    assert torch.equal(other(x)[0], ours(x)[0])
-
-    meta = lstm_ext.LSTM(3, 4, **config, device="meta")
-    meta.load_state_dict(theirs.state_dict(), assign=True)
-    assert torch.equal(meta(x)[0], ours(x)[0])
-
     file = io.BytesIO()
     torch.save(ours.state_dict(), file)
     file.seek(0)
-    theirs.load_state_dict(torch.load(file, weights_only=True))
-
-
-@pytest.mark.parametrize("way", ["pickle", "deepcopy", "copy", "save"])
-def test_copies(way):
-    ours = lstm_ext.LSTM(3, 4, **FULL)
-    x = torch.randn(5, 2, 3)
-    if way == "pickle":
-        clone = pickle.loads(pickle.dumps(ours))
-    elif way == "save":
-        file = io.BytesIO()
-        torch.save(ours, file)
-        file.seek(0)
-        clone = torch.load(file, weights_only=False)
-    else:
-        clone = getattr(copy, way)(ours)
-    assert torch.equal(clone(x)[0], ours(x)[0])
-    with torch.no_grad():
-        clone.weight_hh_l0.zero_()
-    assert torch.equal(clone(x)[0], ours(x)[0]) == (way == "copy")  # a shallow copy shares its parameters
-    assert clone._flat_weights[1] is clone.weight_hh_l0
+    theirs.load_state_dict(torch.load(file, weights_only=True), strict=True)
+    other.load_state_dict(theirs.state_dict(), strict=True)
+    meta.load_state_dict(theirs.state_dict(), assign=True)
+    x = torch.randn(2, 3)
+    assert torch.equal(other(x)[0], ours(x)[0]) and torch.equal(meta(x)[0], ours(x)[0])
 
 
 def test_state_from_before_proj_size():
@@ -352,37 +223,125 @@ def test_conversions_of_dtype_and_sharing(lstm, x):
     assert output_of(lstm, x).shape == expected.shape
 
 
-@pytest.mark.parametrize("frozen", range(20))
-def test_one_weight_frozen(frozen):
-    """Every gradient that remains is what it was."""
-    ours = lstm_ext.LSTM(3, 4, **FULL, dtype=torch.float64)
-    x = torch.randn(5, 2, 3, dtype=torch.float64)
-    names = [name for name, _ in ours.named_parameters()]
-    assert len(names) == 20
-    output_of(ours, x).square().sum().backward()
-    expected = {name: p.grad for name, p in ours.named_parameters()}
-    ours.zero_grad()
-    getattr(ours, names[frozen]).requires_grad_(False)
-    output_of(ours, x).square().sum().backward()
-    assert ours.get_parameter(names.pop(frozen)).grad is None
-    for name in names:
-        torch.testing.assert_close(getattr(ours, name).grad, expected[name], rtol=1e-12, atol=1e-14)
-
-
 def test_frozen_weights(lstm, x):
     lstm.weight_hh_l0.requires_grad_(False)
-    lstm.bias_ih_l0.requires_grad_(False)
-    theirs = nn.LSTM(3, 4, dtype=torch.float64)
-    theirs.load_state_dict(lstm.state_dict())
     lstm(x)[0].sum().backward()
-    theirs(x)[0].sum().backward()
-    assert lstm.weight_hh_l0.grad is None
-    assert lstm.bias_ih_l0.grad is None
-    torch.testing.assert_close(lstm.weight_ih_l0.grad, theirs.weight_ih_l0.grad)
-    torch.testing.assert_close(lstm.bias_hh_l0.grad, theirs.bias_hh_l0.grad)
-
+    assert [p.grad is None for p in lstm.parameters()] == [False, True, False, False]
     lstm.requires_grad_(False)
     assert not lstm(x)[0].requires_grad
     x.requires_grad_()
     lstm(x)[0].sum().backward()
     assert x.grad.abs().sum() > 0
+
+
+# --- weights that are computed
+
+# One of each kind, in the first layer and in the last direction.
+NAMES = ("weight_hh_l0", "weight_ih_l1_reverse", "weight_hr_l0", "bias_ih_l1")
+# What has norms, or structure, has matrices.
+OF_ALL = ("softplus", "pruned", "pruned at random")
+
+
+@pytest.fixture
+def module():
+    return lstm_ext.LSTM(3, 4, **FULL, dtype=torch.float64)
+
+
+def results(module, call):
+    """Outputs, and the gradients of the parameters that there are."""
+    output, (h_n, c_n) = call()
+    module.zero_grad()
+    (output.square().sum() + h_n.sum() + c_n.sum()).backward()
+    gradients = {f"grad of {name}": p.grad for name, p in module.named_parameters()}
+    return {"output": output, "h_n": h_n, "c_n": c_n} | gradients
+
+
+def by_equations(module, x):
+    weights = [getattr(module, name) for name in module._flat_weights_names]
+    return lstm_ext.reference.lstm(x, None, weights, num_layers=2, bidirectional=True)
+
+
+@pytest.mark.parametrize("way", COMPUTED)
+def test_computed_weights(module, x, way):
+    plain = [name for name, _ in module.named_parameters()]
+    before = copy.deepcopy(module)
+    add, remove = COMPUTED[way]
+    names = NAMES if way in OF_ALL else NAMES[:3]
+    for name in names:
+        add(module, name)
+    if "weight_norm" in way:  # which begins with the weight as it was
+        with torch.no_grad():
+            for name, p in module.named_parameters():
+                if name.endswith(("_g", "original0")):
+                    p.mul_(2)
+    module.eval()  # spectral_norm then takes the same step for every reader
+    # By hook, the tensor lies in the module from the last call on, with a graph that a backward pass uses up.
+    ours = results(module, lambda: module(x))
+    module(x)
+    expected = results(module, lambda: by_equations(module, x))
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+    assert len(ours) >= 3 + len(plain)
+    assert all(gradient.abs().sum() > 0 for gradient in ours.values())
+    assert not torch.allclose(ours["output"], before(x)[0])
+
+    for name in names:
+        remove(module, name)
+    assert sorted(name for name, _ in module.named_parameters()) == sorted(plain)
+    torch.testing.assert_close(module(x)[0], ours["output"], rtol=1e-10, atol=1e-12)
+    assert_same_as_torch(module, x)
+
+
+def test_cached_parametrization(module, x):
+    """Within the context every reader, the module among them, gets the same tensor."""
+    calls = []
+
+    class Counted(nn.Module):
+        def forward(self, w):
+            calls.append(w)
+            return w * 2
+
+    parametrize.register_parametrization(module, "weight_hh_l0", Counted())
+    calls.clear()
+    expected = module(x)[0]
+    assert len(calls) == 1  # one step of a module reads each weight once
+    with parametrize.cached():
+        first, second = module(x)[0], module(x)[0]
+        assert len(calls) == 2
+    assert torch.equal(first, expected) and torch.equal(second, expected)
+
+
+def test_copies_of_a_parametrized_module(module, x):
+    parametrizations.weight_norm(module, "weight_hh_l0")
+    clone = copy.deepcopy(module)
+    assert torch.equal(clone(x)[0], module(x)[0])
+    with torch.no_grad():
+        clone.parametrizations.weight_hh_l0.original0.mul_(2)
+    assert not torch.equal(clone(x)[0], module(x)[0])
+    other = lstm_ext.LSTM(3, 4, **FULL, dtype=torch.float64)
+    parametrizations.weight_norm(other, "weight_hh_l0")
+    other.load_state_dict(clone.state_dict())
+    assert torch.equal(other(x)[0], clone(x)[0])
+
+
+# Where a dropped weight is put, so that the module finds it.
+PLACES = {
+    "attribute": setattr,
+    "_parameters": lambda module, name, weight: module._parameters.__setitem__(name, weight),
+    "__dict__": lambda module, name, weight: module.__dict__.__setitem__(name, weight),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_dropped_weights(module, x, place):
+    """As AWD-LSTM and its successors do it."""
+    names, before = ("weight_hh_l0", "weight_hh_l1_reverse"), module(x)[0]
+    raw = [module._parameters.pop(name) for name in names]
+    for _ in range(2):
+        for name, weight in zip(names, raw, strict=True):
+            PLACES[place](module, name, nn.functional.dropout(weight, 0.5))
+        output = module(x)[0]
+        torch.testing.assert_close(output, by_equations(module, x)[0])
+        assert not torch.equal(output, before)
+        for name, gradient in zip(names, torch.autograd.grad(output.sum(), raw), strict=True):
+            dropped = getattr(module, name) == 0
+            assert 0 < dropped.sum() < dropped.numel() and torch.equal(gradient == 0, dropped)

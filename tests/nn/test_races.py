@@ -242,7 +242,7 @@ def test_several_threads_convert_one_model() -> None:
             torch.testing.assert_close(layer(x)[0], output)
 
 
-def test_layers_that_threads_make_under_a_patch_are_ours() -> None:
+def test_layers_that_threads_make_under_a_patch_are_ours_and_counted() -> None:
     def work() -> list[bool]:
         ours = []
         for _ in range(30):
@@ -250,8 +250,9 @@ def test_layers_that_threads_make_under_a_patch_are_ours() -> None:
                 ours.append(isinstance(nn.LSTM(2, 3, device="meta"), lstm_ext.LSTM))
         return ours
 
-    assert all(ours for found in together(*[work] * THREADS) for ours in found)
-    assert not issubclass(nn.LSTM, lstm_ext.LSTM)
+    with lstm_ext.patch() as handle:
+        assert all(ours for found in together(*[work] * THREADS) for ours in found)
+    assert handle.made == 30 * THREADS and not issubclass(nn.LSTM, lstm_ext.LSTM)
 
 
 FIRST_USE = """

@@ -1,14 +1,14 @@
-"""Copies, files and other processes: a module that comes back computes what the one that went away did."""
+"""States, files and other processes. Copies of models are in test_models.py."""
 
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 import warnings
 
 import pytest
 import torch
+from lstm_models import WithCode
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
@@ -20,34 +20,6 @@ pytestmark = pytest.mark.devices("cpu", "cuda")
 FULL = {"num_layers": 2, "bidirectional": True, "proj_size": 2}
 
 
-class Tagger(lstm_ext.LSTM):
-    """A subclass as users write them: a submodule, a buffer, attributes, a forward of its own."""
-
-    def __init__(self, features: int, hidden: int, tags: int) -> None:
-        super().__init__(features, hidden, bidirectional=True)
-        self.head = nn.Linear(2 * hidden, tags)
-        self.register_buffer("scale", torch.full((), 2.0))
-        self.vocabulary = ["a", "b"]
-
-    def forward(self, input, hx=None):
-        output, state = super().forward(input, hx)
-        return self.head(output) * self.scale, state
-
-
-def saved_and_loaded(module):
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-WAYS = {
-    **{f"pickle {p}": lambda m, p=p: pickle.loads(pickle.dumps(m, protocol=p)) for p in range(2, 6)},
-    "save": saved_and_loaded,
-    "deepcopy": copy.deepcopy,
-    "deepcopy twice": lambda m: copy.deepcopy(copy.deepcopy(m)),
-}
-
 x = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0))
 
 
@@ -56,92 +28,29 @@ def _x_is_on_the_device(device, monkeypatch):
     monkeypatch.setitem(globals(), "x", x.to(device))
 
 
-def after_backward(module):
-    module(x)[0].sum().backward()
-
-
-def after_functional_call(module):
-    torch.func.functional_call(module, {n: torch.zeros_like(p) for n, p in module.named_parameters()}, (x,))
-
-
-def after_conversion(module):
-    module.double()(x.double())
-    module.float()
-
-
-def after_tying(module):
-    module.bias_hh_l0 = module.bias_ih_l0
-
-
-BEFORE = {
-    "backward": after_backward,
-    "flatten_parameters": lambda m: m.flatten_parameters(),
-    "functional_call": after_functional_call,
-    "dtypes": after_conversion,
-    "tying": after_tying,
-    "eval": lambda m: m.eval(),
-    "hook": lambda m: m.register_forward_hook(print_nothing),
-}
-
-
-def print_nothing(module, arguments, result):
-    return None
-
-
-@pytest.mark.parametrize("before", BEFORE)
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: lstm_ext.LSTM(3, 4, **FULL),
-        lambda: lstm_ext.LSTM(3, 4, layer_norm=True),
-        lambda: Tagger(3, 4, 2),
-    ],
-    ids=["LSTM", "options", "Tagger"],
-)
-def test_a_copy_is_whole_and_separate(make, way, before):
-    module = make()
-    BEFORE[before](module)
-    expected = module(x)[0]
-    clone = WAYS[way](module)
-    assert type(clone) is type(module)
-    assert clone.training == module.training
-    assert repr(clone) == repr(module)
-    assert torch.equal(clone(x)[0], expected)
-    names = [name for name, _ in module.named_parameters()]
-    assert [name for name, _ in clone.named_parameters()] == names
-    assert all(
-        a is getattr(clone, n) for a, n in zip(clone._flat_weights, clone._flat_weights_names, strict=True)
-    )
+def test_a_shallow_copy_shares_what_the_module_has():
+    module = WithCode(3, 4)
+    shallow, (output, _) = copy.copy(module), module(x)
+    assert shallow.vocabulary is module.vocabulary and shallow.head is module.head
+    assert torch.equal(shallow(x)[0], output)
     with torch.no_grad():
-        for p in clone.parameters():
-            p.zero_()
-    assert not clone(x)[0].any()
-    assert torch.equal(module(x)[0], expected)
+        shallow.weight_hh_l0.zero_()
+    assert torch.equal(shallow(x)[0], module(x)[0]) and not torch.equal(module(x)[0], output)
+    assert shallow._flat_weights[1] is shallow.weight_hh_l0
 
 
-def test_a_copy_of_a_subclass_has_its_attributes():
-    module = Tagger(3, 4, 2)
-    shallow, deep = copy.copy(module), copy.deepcopy(module)
-    assert shallow.vocabulary is module.vocabulary
-    assert deep.vocabulary == module.vocabulary
-    assert deep.vocabulary is not module.vocabulary
-    assert shallow.head is module.head
-    assert deep.head is not module.head
-
-
-def test_ties_survive_a_copy():
-    """Between the layer's own weights, and with another module of the model."""
-    model = nn.ModuleDict({"lstm": lstm_ext.LSTM(4, 4), "linear": nn.Linear(4, 16)})
-    model["lstm"].weight_hh_l0 = model["lstm"].weight_ih_l0
-    model["linear"].weight = model["lstm"].weight_ih_l0
-    for way in WAYS.values():
-        clone = way(model)
-        weight = clone["lstm"].weight_ih_l0
-        assert clone["lstm"].weight_hh_l0 is weight
-        assert clone["linear"].weight is weight
-        assert clone["lstm"]._flat_weights[1] is weight
-        assert weight is not model["lstm"].weight_ih_l0
+def test_a_state_that_has_lost_its_option_is_refused():
+    """It would compute a plain layer, with the parameters of another one."""
+    lstm = lstm_ext.LSTM(3, 4, layer_norm=True)
+    state = lstm.__getstate__()
+    del state["_given"]
+    other = lstm_ext.LSTM.__new__(lstm_ext.LSTM)
+    with pytest.raises(
+        RuntimeError, match=r"layer normalisation \(ln_gain_ih_l0, \.\.\.\) and no layer_norm=True"
+    ):
+        other.__setstate__(state)
+    for way in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
+        assert way(lstm).layer_norm
 
 
 def error_of(call):

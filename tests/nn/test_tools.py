@@ -13,6 +13,7 @@ import warnings
 
 import pytest
 import torch
+from lstm_models import LayerAndCell
 from torch import nn
 
 import lstm_ext
@@ -31,17 +32,6 @@ CLASSES = [
     PatchedLSTM,
     PatchedLSTMCell,
 ]
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.lstm = nn.LSTM(24, 32, 2, bidirectional=True, batch_first=True)
-        self.cell = nn.LSTMCell(64, 8)
-        self.out = nn.Linear(8, 4)
-
-    def forward(self, x):
-        return self.out(self.cell(self.lstm(x)[0][:, -1])[0])
 
 
 def converted(model: nn.Module, **how) -> nn.Module:
@@ -74,7 +64,7 @@ def test_a_tool_that_is_loaded_after_conversion(monkeypatch, place, walk):
     def count(layer, *arguments):
         layer.__flops__ = (type(layer), arguments)
 
-    model = nn.Sequential(converted(Model()))
+    model = nn.Sequential(converted(LayerAndCell()))
     load(monkeypatch, place, table := {nn.LSTM: count, nn.LSTMCell: count, nn.Linear: len})
     walk(model)
     for layer, theirs in ((model[0].lstm, nn.LSTM), (model[0].cell, nn.LSTMCell)):
@@ -87,7 +77,7 @@ def test_opacus_loaded_after_conversion(monkeypatch):
         VALIDATORS = {nn.LSTM: type, nn.LSTMCell: type}  # noqa: RUF012
         FIXERS = {nn.LSTM: type, nn.LSTMCell: type}  # noqa: RUF012
 
-    model = converted(Model())
+    model = converted(LayerAndCell())
     monkeypatch.setitem(
         sys.modules, "opacus.validators", types.SimpleNamespace(ModuleValidator=ModuleValidator)
     )
@@ -102,26 +92,26 @@ def test_opacus_loaded_after_conversion(monkeypatch):
         ModuleValidator.FIXERS[lstm_ext.LSTM](other)
 
 
-def test_a_rule_of_the_users_own_is_kept(monkeypatch):
-    load(monkeypatch, TABLES[0], table := {nn.LSTM: print, lstm_ext.LSTM: len})
-    lstm_ext.LSTM(3, 4).apply(id)
-    lstm_ext.TorchLSTM(3, 4).apply(id)
-    assert table[lstm_ext.LSTM] is len and lstm_ext.TorchLSTM in table
+class Mine(lstm_ext.LSTM):
+    pass
 
 
-def test_a_table_without_torchs_layer_gets_none_of_ours(monkeypatch):
-    load(monkeypatch, TABLES[0], table := {nn.Linear: print})
-    lstm_ext.LSTM(3, 4).apply(id)
-    assert table == {nn.Linear: print}
-
-
-def test_a_users_subclass_is_not_entered(monkeypatch):
-    class Mine(lstm_ext.LSTM):
-        pass
-
-    load(monkeypatch, TABLES[0], table := {nn.LSTM: print})
-    Mine(3, 4).apply(id)
-    assert table == {nn.LSTM: print}
+@pytest.mark.parametrize(
+    ("table", "entered"),
+    [
+        ({nn.LSTM: print}, {lstm_ext.LSTM, lstm_ext.TorchLSTM}),
+        ({nn.LSTM: print, lstm_ext.LSTM: len}, {lstm_ext.TorchLSTM}),  # a rule of the user's own
+        ({nn.Linear: print}, set()),
+    ],
+)
+def test_what_is_entered_in_a_table(monkeypatch, table, entered):
+    """Not the subclasses of users."""
+    before = dict(table)
+    load(monkeypatch, TABLES[0], table)
+    for layer in (lstm_ext.LSTM(3, 4), lstm_ext.TorchLSTM(3, 4), Mine(3, 4)):
+        layer.apply(id)
+    assert table.keys() - before.keys() == entered
+    assert all(table[kind] is function for kind, function in before.items())
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -136,7 +126,7 @@ def test_what_replaces_functionals_sees_none_of_the_equations(monkeypatch, norm)
 
 
 def test_parameters_are_walked_over_in_a_compiled_function():
-    model = converted(Model())
+    model = converted(LayerAndCell())
 
     def squares():
         return sum([p.square().sum() for p in model.parameters()])
@@ -180,7 +170,7 @@ def test_quantization_warns_once_a_model(action):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("ignore")
             warnings.filterwarnings(action, ".*lstm_ext", UserWarning)
-            same = quantized(converted(Model().eval()))
+            same = quantized(converted(LayerAndCell().eval()))
         assert [str(w.message) for w in caught] == [
             "torch.ao.quantization (quantize_dynamic and others) leaves the layers of lstm_ext in floating point "
             "(lstm, cell): call lstm_ext.revert(model) before it to have them quantized"
@@ -216,7 +206,7 @@ def modelopt(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("as_subclass", [False, True])
 def test_modelopt_warns_once_a_model(modelopt, as_subclass):
-    model = converted(Model(), as_subclass=as_subclass)
+    model = converted(LayerAndCell(), as_subclass=as_subclass)
     quantize = modelopt().convert_to_quantized_model
     with pytest.warns(UserWarning) as caught:
         assert quantize(model) is quantize(model) is model
@@ -230,7 +220,7 @@ def test_modelopt_warns_once_a_model(modelopt, as_subclass):
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        quantize(lstm_ext.revert(converted(Model())))
+        quantize(lstm_ext.revert(converted(LayerAndCell())))
 
 
 def test_a_modelopt_that_is_not_known_warns():
@@ -239,7 +229,7 @@ def test_a_modelopt_that_is_not_known_warns():
 
 
 def test_static_quantization_warns_too():
-    model = converted(Model().train())
+    model = converted(LayerAndCell().train())
     model.qconfig = torch.ao.quantization.get_default_qat_qconfig()
     with pytest.warns(UserWarning, match=r"in floating point \(lstm, cell\)") as caught:
         torch.ao.quantization.prepare_qat(model, inplace=True)
@@ -247,11 +237,10 @@ def test_static_quantization_warns_too():
 
 
 def test_quantization_after_revert():
-    model, x = Model().eval(), torch.randn(2, 5, 24)
-    ours = lstm_ext.revert(converted(model))
+    model, x = LayerAndCell().eval(), torch.randn(4, 2, 5)
+    ours, expected = lstm_ext.revert(converted(model)), quantized(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         found = quantized(ours)
-    expected = quantized(model)
     assert type(found.lstm) is type(expected.lstm) is torch.ao.nn.quantized.dynamic.LSTM
     torch.testing.assert_close(found(x), expected(x), rtol=0, atol=0)
