@@ -39,20 +39,6 @@ def test_a_shallow_copy_shares_what_the_module_has():
     assert shallow._flat_weights[1] is shallow.weight_hh_l0
 
 
-def test_a_state_that_has_lost_its_option_is_refused():
-    """It would compute a plain layer, with the parameters of another one."""
-    lstm = lstm_ext.LSTM(3, 4, layer_norm=True)
-    state = lstm.__getstate__()
-    del state["_given"]
-    other = lstm_ext.LSTM.__new__(lstm_ext.LSTM)
-    with pytest.raises(
-        RuntimeError, match=r"layer normalisation \(ln_gain_ih_l0, \.\.\.\) and no layer_norm=True"
-    ):
-        other.__setstate__(state)
-    for way in (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))):
-        assert way(lstm).layer_norm
-
-
 def error_of(call):
     with pytest.raises(Exception) as caught:
         call()
