@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..native import integrations
 from ..options import OPTIONS
 from .cell import LSTMCell
 from .lstm import LSTM
@@ -142,6 +143,7 @@ def convert(
             sharded. Nothing has been changed then. Change these modules first, or ``skip`` them.
         ValueError: ``skip`` has a name that the model does not have.
     """
+    integrations.install()
     found, passed_over = _change_classes(
         model, _SUBCLASSES if as_subclass else _OURS, "convert", skip, subclasses
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..layer.layer_call import LayerOptions
-from ..native import loader
+from ..native import integrations, loader
 from . import native
 from .cell import LSTMCell
 from .convert import _LEFT_BEHIND, _overrides_nothing, _replaced_methods
@@ -336,6 +336,7 @@ def freeze(module: nn.Module, weights: torch.dtype | None = None) -> nn.Module:
             float64 where ``weights`` is given, or have an infinity or a NaN where it is ``torch.int8``.
         RuntimeError: parameters are not on the CPU, or the compiled kernels are not there.
     """
+    integrations.install()
     _check_module(module, "freeze")
     if weights not in _KINDS:
         raise ValueError(f"freeze: weights: expected None, torch.bfloat16 or torch.int8, got {weights!r}")

@@ -338,3 +338,26 @@ def test_explain_says_what_the_threads_share(rows: int, units: int, monkeypatch:
     assert f"{rows * units} of " in text
     assert (f"{rows} share the batch" in text) == (rows > 1)
     assert (f"{units} share the hidden units" in text) == (units > 1)
+
+
+# ---- memory that is kept
+
+KEEP = """
+import gc, torch, lstm_ext
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+layer, x = lstm_ext.LSTM(512, 512), torch.randn(100, 64, 512)
+layer(x)[0].sum().backward()
+layer.zero_grad()
+gc.collect()
+before, kept = resident(), lstm_ext.release_memory()
+assert 1 << 24 < kept <= 1 << 28, kept
+assert before - resident() > 0.9 * kept, (before, resident(), kept)
+assert lstm_ext.release_memory() == 0
+layer(x)[0].sum().backward()
+"""
+
+
+def test_kept_memory_is_given_back() -> None:
+    done = subprocess.run([sys.executable, "-c", KEEP], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -12,9 +12,12 @@ from operator_cases import CASES, B, H, I, Operands, P, T, make
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import lstm_ext
 from lstm_ext import ops, reference
+from lstm_ext.layer import tracing
 from lstm_ext.layer.layer_call import PLAIN, LayerOptions
 from lstm_ext.native import loader
 
@@ -384,3 +387,46 @@ def test_python_functions_agree_with_the_operators(name: str) -> None:
 def test_options_of_another_kind(options: dict[str, object], message: str) -> None:
     with pytest.raises(TypeError, match=f"^LayerOptions: {message}$"):
         loader.extension().LayerOptions(**options)
+
+
+# ---- modes
+
+
+class Functions(TorchFunctionMode):
+    """Notes the names of functions of torch, as a profiler or a counter does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(getattr(function, "__name__", function)))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [Functions, Recorder])
+@pytest.mark.parametrize("call", ["call", "step", "cell", "frozen", "lengths", "no_grad"])
+def test_a_mode_sees_one_operator(call: str, mode: Any) -> None:
+    layer, cell, x = lstm_ext.LSTM(8, 16), lstm_ext.LSTMCell(8, 16), torch.randn(5, 3, 8)
+    frozen = lstm_ext.freeze(layer)
+    calls = {
+        "call": lambda: layer(x)[0],
+        "step": lambda: layer.step(x[0])[0],
+        "cell": lambda: cell(x[0])[0],
+        "frozen": lambda: frozen(x)[0],
+        "lengths": lambda: layer(x, lengths=[5, 4, 3])[0],
+        "no_grad": lambda: torch.no_grad()(layer)(x)[0],
+    }
+    expected = calls[call]()
+    with mode() as seen:
+        result = calls[call]()
+    assert torch.equal(result, expected)
+    assert sum("lstm_layer" in name for name in seen.names) == 1, seen.names
+
+
+def test_a_default_device_is_no_mode_that_looks() -> None:
+    assert tracing.is_plain_eager()
+    with torch.device("cpu"):
+        assert tracing.is_plain_eager()
+        with Functions():
+            assert not tracing.is_plain_eager()

@@ -21,8 +21,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import lstm_ext
-from lstm_ext.native import loader
-from lstm_ext.nn import dynamo
+from lstm_ext.native import integrations, loader
 from lstm_ext.nn.torch_lstm import PatchedLSTM
 
 T, B, I, H = 4, 2, 3, 5
@@ -135,7 +134,7 @@ def builder_that(wraps) -> types.SimpleNamespace:
 
     config = types.SimpleNamespace(allow_rnn=False)
     builder = types.SimpleNamespace(VariableBuilder=VariableBuilder, config=config)
-    dynamo._wrap(builder, lambda module: isinstance(module, lstm_ext.LSTM), lambda module: False)
+    integrations._wrap(builder, lambda module: isinstance(module, lstm_ext.LSTM), lambda module: False)
     return builder
 
 
@@ -191,7 +190,7 @@ def test_a_subclass_whose_forward_does_not_reach_ours_is_torchs():
 
 
 def test_twice_is_as_once():
-    dynamo.let_dynamo_take(lambda module: isinstance(module, lstm_ext.LSTM), lambda module: False)
+    integrations.let_dynamo_take(lambda module: isinstance(module, lstm_ext.LSTM), lambda module: False)
     x = torch.randn(T, B, I)
     assert not is_refused(Model(KINDS["converted"]()), x)
     assert is_refused(Model(nn.LSTM(I, H)), x)
@@ -279,7 +278,7 @@ def test_a_dynamo_that_does_not_fit_is_one_warning(change):
 
 def test_a_dynamo_without_the_class_is_a_warning():
     with pytest.warns(UserWarning, match=r"the dynamo of torch .*convert\(model, as_subclass=False\)"):
-        dynamo._wrap(types.ModuleType("builder"), lambda module: True, lambda module: False)
+        integrations._wrap(types.ModuleType("builder"), lambda module: True, lambda module: False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings(

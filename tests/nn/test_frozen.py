@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -453,3 +454,33 @@ def test_weights_of_zeros_and_ones(capability: str, kind: str) -> None:
     ]
     expected = reference.lstm_layer(x.double(), None, None, weights, None, True, False)[0]
     assert relative_error(lstm_ext.freeze(layer, KINDS[kind])(x)[0], expected) < 1e-5
+
+
+CHANGES = {
+    "copy_": lambda layer: layer.weight_hh_l1.copy_(torch.zeros(64, 16)),
+    "mul_": lambda layer: layer.bias_ih_l0.mul_(2),
+    "data": lambda layer: setattr(layer.weight_ih_l0, "data", torch.zeros(64, 8)),
+}
+CALLS = {
+    "call": lambda layer, x: layer(x),
+    "step": lambda layer, x: layer.step(x[0]),
+    "lengths": lambda layer, x: layer(x, lengths=[3, 2]),
+    "deepcopy": lambda layer, x: copy.deepcopy(layer),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_in_place_is_refused(change: str) -> None:
+    """And load_state_dict packs the new numbers; what is packed anew fits again."""
+    layer, x = lstm_ext.LSTM(8, 16, 2), torch.randn(3, 2, 8)
+    frozen = lstm_ext.freeze(layer)
+    with torch.no_grad():
+        expected = frozen(x)[0]
+        for again in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen)), frozen.share_memory()):
+            torch.testing.assert_close(again(x)[0], expected)
+        CHANGES[change](frozen)
+        for call in CALLS.values():
+            with pytest.raises(RuntimeError, match="a weight was changed in place after it was packed"):
+                call(frozen, x)
+        frozen.load_state_dict(layer.state_dict())
+        torch.testing.assert_close(frozen(x)[0], expected)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
+import subprocess
 import sys
 import types
 import warnings
@@ -18,7 +20,7 @@ from torch import nn
 
 import lstm_ext
 from lstm_ext import reference
-from lstm_ext.nn import tools
+from lstm_ext.native import integrations
 from lstm_ext.nn.torch_lstm import PatchedLSTM, PatchedLSTMCell
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -197,11 +199,11 @@ def modelopt(tmp_path, monkeypatch):
     folder.mkdir(parents=True)
     (folder / "conversion.py").write_text(CONVERSION)
     monkeypatch.syspath_prepend(tmp_path)
-    tools.when_imported(name, "modelopt", tools._warn_before_modelopt)
+    integrations.add("modelopt", name, integrations._warn_before_modelopt, "")
     yield lambda: importlib.import_module(name)
     for loaded in [n for n in sys.modules if n.partition(".")[0] == "modelopt"]:
         del sys.modules[loaded]
-    tools.when_imported(name, "modelopt", tools._warn_before_modelopt)
+    integrations.add("modelopt", name, integrations._warn_before_modelopt, "")
 
 
 @pytest.mark.parametrize("as_subclass", [False, True])
@@ -225,7 +227,7 @@ def test_modelopt_warns_once_a_model(modelopt, as_subclass):
 
 def test_a_modelopt_that_is_not_known_warns():
     with pytest.warns(UserWarning, match="modelopt leaves the layers of lstm_ext in floating point: call"):
-        tools._warn_before_modelopt(types.ModuleType("conversion"))
+        integrations._warn_before_modelopt(types.ModuleType("conversion"))
 
 
 def test_static_quantization_warns_too():
@@ -244,3 +246,45 @@ def test_quantization_after_revert():
         found = quantized(ours)
     assert type(found.lstm) is type(expected.lstm) is torch.ao.nn.quantized.dynamic.LSTM
     torch.testing.assert_close(found(x), expected(x), rtol=0, atol=0)
+
+
+# ---- what an import changes elsewhere
+
+IMPORT = """
+import sys, types
+import torch, torch._dynamo.variables.builder, torch.utils.flop_counter
+def state():
+    modules = {n: m for n, m in sys.modules.items() if n.partition(".")[0] == "torch" and m is not None}
+    found = {(n, k): v for n, m in modules.items() for k, v in list(vars(m).items())}
+    classes = [v for v in found.values() if isinstance(v, type) and v.__module__.partition(".")[0] == "torch"]
+    found |= {(id(c), k): v for c in classes for k, v in vars(c).items()}
+    return found, list(sys.meta_path)
+before, finders = state()
+import lstm_ext
+after, finders_after = state()
+changed = [k for k, v in before.items() if k not in after or after[k] is not v]
+assert finders_after == finders, finders_after
+assert not [k for k in changed if k[1] not in ("__warningregistry__", "_cached_ops")], changed
+builder = torch._dynamo.variables.builder.VariableBuilder
+"""
+
+
+def run_alone(program: str, **environment: str) -> None:
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_import_changes_nothing_elsewhere():
+    """A layer does, unless a variable says no."""
+    hooked = "wrapped = hasattr(builder.wrap_module, '__wrapped__'); lstm_ext.LSTM(3, 4)\n"
+    after = "assert not wrapped and hasattr(builder.wrap_module, '__wrapped__')"
+    run_alone(f"{IMPORT}{hooked}{after}")
+    run_alone(
+        f"{IMPORT}{hooked}assert not hasattr(builder.wrap_module, '__wrapped__')", LSTM_EXT_INTEGRATIONS="0"
+    )
+
+
+def test_a_switch_of_another_value():
+    with pytest.raises(AssertionError, match="LSTM_EXT_INTEGRATIONS is 'yes': set it to 0 or 1, or unset it"):
+        run_alone("import lstm_ext; lstm_ext.LSTM(3, 4)", LSTM_EXT_INTEGRATIONS="yes")
