@@ -68,9 +68,9 @@ class Requested:
         parameters: for each layer the parameters that its cells have, by the field of `LayerOptions`.
         resets, lengths: as in `LayerOptions`.
         reset_h, reset_c: (L * D, B, P) and (L * D, B, H), in the order of the user.
-        padded: the rows that count, where their lengths are known on the host; then ``lengths`` is None.
-        counting: the steps that count, if these may lie anywhere and are not known on the host; with ``lengths``, and
-            with ``resets`` of the steps in front.
+        rows: the rows that count, where their lengths are known on the host; then ``lengths`` is None. Or the steps
+            that count, if these may lie anywhere and are not known on the host; with ``lengths``. ``resets`` and the
+            states after them are those of these rows or steps.
     """
 
     layer: dict[str, Any]
@@ -83,8 +83,7 @@ class Requested:
     reset_h: Tensor | None = None
     reset_c: Tensor | None = None
     lengths: Tensor | None = None
-    padded: PaddedRows | None = None
-    counting: CountingSteps | None = None
+    rows: PaddedRows | CountingSteps | None = None
 
     @property
     def returns_extras(self) -> bool:
@@ -94,13 +93,20 @@ class Requested:
     def only_padded(self) -> bool:
         """Whether the layers compute nothing but plain layers on the rows that count."""
         return (
-            self.padded is not None
+            self.rows is not None
+            and self.rows.batch_sizes is not None
             and not self.layer
             and not (self.recurrent_dropout or self.weight_dropout)
             and self.zoneout == (0.0, 0.0)
             and not self.parameters
             and self.resets is None
         )
+
+    def pack(self, rows: PaddedRows) -> None:
+        """Compute nothing but the rows that count."""
+        self.rows = rows
+        self.resets = None if self.resets is None else rows.packed(self.resets)
+        self.reset_h, self.reset_c = rows.packed_state(self.reset_h), rows.packed_state(self.reset_c)
 
     def weights_of_layer(self, weights: Sequence[Tensor], directions: int) -> Sequence[Tensor]:
         """The weights of a layer, with a mask on each ``weight_hh``, which is drawn before its other masks."""
@@ -224,7 +230,7 @@ def _end_rows(asked: Requested, lengths: Tensor, x: Tensor) -> None:
         if min(numbers, default=time) == time:
             return
         if max(numbers) > 0:
-            asked.padded = PaddedRows(lengths, time, x.device)
+            asked.pack(PaddedRows(lengths, time, x.device))
             return
     asked.lengths = lengths.to(x.device, non_blocking=True)
     if asked.resets is not None:
@@ -240,9 +246,10 @@ def _leave_out(asked: Requested, steps: Tensor, x: Tensor) -> None:
         _end_rows(asked, steps.sum(0), x)
         return
     counting = CountingSteps(steps.to(x.device, non_blocking=True))
-    resets = None if asked.resets is None else counting.resets_in_front(asked.resets)
+    if asked.resets is not None:
+        asked.resets = counting.resets_in_front(asked.resets)
     if readable and (x.device.type == "cpu" or not route.has_operators(x.device)):
-        asked.padded = PaddedRows(steps.sum(0), x.size(0), x.device, counting.times)
-        asked.resets = None if resets is None else counting.restored(resets, 0)
+        asked.resets = None if asked.resets is None else counting.padded(asked.resets, 0)
+        asked.pack(PaddedRows(steps.sum(0), x.size(0), x.device, counting.times))
         return
-    asked.counting, asked.resets, asked.lengths = counting, resets, counting.lengths
+    asked.rows, asked.lengths = counting, counting.lengths

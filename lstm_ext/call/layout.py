@@ -370,6 +370,8 @@ class CountingSteps:
         steps: bool (T, B), on the device of the data.
     """
 
+    batch_sizes = None
+
     def __init__(self, steps: Tensor) -> None:
         self._steps = steps
         self._time, self._batch = steps.shape
@@ -387,21 +389,27 @@ class CountingSteps:
         rows = (times * self._batch + sequence).flatten()
         return x.flatten(dim, dim + 1).index_select(dim, rows).unflatten(dim, (self._time, self._batch))
 
-    def in_front(self, x: Tensor) -> Tensor:
-        """(T, B, ...)"""
+    def packed(self, x: Tensor) -> Tensor:
+        """(T, B, ...) with the steps that count in front."""
         return self._moved(x, 0, self.times)
 
-    def restored(self, x: Tensor, dim: int) -> Tensor:
+    def padded(self, x: Tensor, dim: int, like: Tensor | None = None) -> Tensor:
         """(..., T, B, ...) with the steps at their times again, T at ``dim``; 0 where none counts."""
         counts = self._steps.reshape(*self._steps.shape, *[1] * (x.dim() - dim - 2))
         moved = self._moved(x, dim, self._places)
         return counts & moved if x.dtype == torch.bool else torch.where(counts, moved, x.new_zeros(()))
 
+    def packed_state(self, state: Tensor | None) -> Tensor | None:
+        return state
+
+    def padded_state(self, final: Tensor, initial: Tensor | None) -> Tensor:
+        return final
+
     def resets_in_front(self, resets: Tensor) -> Tensor:
         """The resets (T, B) before the steps that count: each has those since the last step that did."""
-        so_far = self.in_front(resets.cumsum(0))
+        so_far = self.packed(resets.cumsum(0))
         before = torch.cat([torch.zeros_like(so_far[:1]), so_far[:-1]])
-        return self.in_front(self._steps) & (so_far > before)
+        return self.packed(self._steps) & (so_far > before)
 
 
 class PaddedRows:

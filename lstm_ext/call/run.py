@@ -54,16 +54,17 @@ def run(
         return layout.restored(*_layers(stack, layer, weights, x, h0, c0, batch_sizes, None))
     if batch_sizes is not None:
         options.reset_h, options.reset_c = layout.states(options.reset_h), layout.states(options.reset_c)
-    if options.padded is not None:
-        output, h_n, c_n, extras = _run_padded(stack, layer, weights, x, h0, c0, options)
-    else:
-        steps = options.counting
-        if steps is not None:
-            x = steps.in_front(x)
+    rows = options.rows
+    if rows is None:
         output, h_n, c_n, extras = _layers(stack, layer, weights, x, h0, c0, batch_sizes, options)
-        if steps is not None:
-            output = steps.restored(output, 0)
-            extras = None if extras is None else extras.map(lambda values: steps.restored(values, 1))
+    else:
+        # The rows or steps of padded input that count are put together, and written back to their places.
+        states = rows.packed_state(h0), rows.packed_state(c0)
+        output, h_n, c_n, extras = _layers(
+            stack, layer, weights, rows.packed(x), *states, rows.batch_sizes, options
+        )
+        output, extras = rows.padded(output, 0, x), extras.map(lambda values: rows.padded(values, 1, x))
+        h_n, c_n = rows.padded_state(h_n, h0), rows.padded_state(c_n, c0)
     return layout.restored(output, h_n, c_n, extras if options.returns_extras else None)
 
 
@@ -94,39 +95,6 @@ def _layers(
         if results is not None:
             return (*results, None if options is None else LSTMExtras(None, None))
     return run_stack(stack, layer, weights, x, h0, c0, batch_sizes, options, autocast)
-
-
-def _run_padded(
-    stack: Stack,
-    layer: LayerFunction,
-    weights: Sequence[Sequence[Tensor]],
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    options: Requested,
-) -> tuple[Tensor, Tensor, Tensor, LSTMExtras]:
-    """Padded input with known lengths: the rows that count are packed, and written back to their places."""
-    rows = options.padded
-    assert rows is not None
-    options.resets = None if options.resets is None else rows.packed(options.resets)
-    options.reset_h, options.reset_c = rows.packed_state(options.reset_h), rows.packed_state(options.reset_c)
-    output, h_n, c_n, extras = _layers(
-        stack,
-        layer,
-        weights,
-        rows.packed(x),
-        rows.packed_state(h0),
-        rows.packed_state(c0),
-        rows.batch_sizes,
-        options,
-    )
-    assert extras is not None
-    return (
-        rows.padded(output, 0, x),
-        rows.padded_state(h_n, h0),
-        rows.padded_state(c_n, c0),
-        extras.map(lambda values: rows.padded(values, 1, x)),
-    )
 
 
 def zero_states(x: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, ...]:
