@@ -12,15 +12,8 @@ bidirectional, else 1. Packed data has N = sum(batch_sizes) rows in place of (T,
     lstm_layer(input, h0, c0, weights, batch_sizes, has_bias, bidirectional, *, OPTIONS)
         -> (output, h_n, c_n, cell_states, gate_values)
 
-- input: (T, B, I), or (N, I) with ``batch_sizes``, the int64 CPU tensor of a PackedSequence.
-- h0 (D, B, P) and c0 (D, B, H): None means zeros.
-- weights: for each direction weight_ih (4H, I), weight_hh (4H, P), bias_ih and bias_hh (4H) if ``has_bias``, weight_hr
-  (P, H) with a projection. All have the dtype of the input.
-- Results: output (T, B, D * P) or (N, D * P), h_n (D, B, P), c_n (D, B, H). On request also cell_states (D, T, B, H) or
-  (D, N, H), and gate_values, the same with a last axis of 4: i, f, g, o, after the nonlinearity. A result that is not
-  requested has no elements.
-
-The operator is differentiable once.
+Arguments and results are those of :func:`lstm_ext.reference.lstm_layer`, which has their shapes; the weights have the
+dtype of the input. A result that is not requested has no elements. The operator is differentiable once.
 
 OPTIONS are keyword arguments for everything that a layer does beyond ``torch.nn.LSTM``: the fields of
 `lstm_ext.layer.layer_call.LayerOptions`, whose docstring has their shapes and meanings. One that is not given is off;

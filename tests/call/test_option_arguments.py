@@ -53,18 +53,6 @@ def test_each_row_is_where_users_look():
     assert lstm_ext.LSTM.zoneout.__doc__ == OPTIONS_TABLE["zoneout"].text
 
 
-def test_states_from_before_the_options_were_a_table():
-    module = lstm_ext.LSTM(I, H, zoneout=(0.1, 0.2), peephole=True)
-    state = {**module.__getstate__(), "zoneout": (0.1, 0.2), "peephole": True}
-    del state["_given"]
-    other = lstm_ext.LSTM.__new__(lstm_ext.LSTM)
-    other.__setstate__(state)
-    assert repr(other) == repr(module)
-    assert other.__dict__.keys() == module.__dict__.keys()
-    x = torch.randn(T, B, I)
-    torch.testing.assert_close(other.eval()(x), module.eval()(x), rtol=0, atol=0)
-
-
 def test_a_layer_of_torch_whose_attribute_would_become_an_option():
     module = nn.Sequential(nn.LSTM(I, H))
     module[0].zoneout = "mine"
