@@ -83,8 +83,6 @@ def drawn(rng: random.Random, name: str) -> Drawn:
             case = dataclasses.replace(case, lengths=(24,) * 12)
     tensors = tensors_of(case)
     module = make_module(lstm_ext.LSTM, case, case.torch_dtype, tensors.weights)
-    leaves, input, hx, more = arguments_of(case, tensors, case.torch_dtype)
-    wanted = [*leaves.values(), *module.parameters()]
     if mode.freezes:
         module = lstm_ext.freeze(module, rng.choice([None, torch.bfloat16, torch.int8]))
     way = ROUTES[mode.route].call
@@ -93,10 +91,13 @@ def drawn(rng: random.Random, name: str) -> Drawn:
         if draws(case):
             torch.manual_seed(3)
         with torch.set_grad_enabled(mode.trains):
+            # Each time anew: the packing belongs to the graph.
+            leaves, input, hx, more = arguments_of(case, tensors, case.torch_dtype)
             values = list(named(way(module, input, hx, **more)).values())
             if not mode.trains:
                 return values
             loss = sum(value.square().sum() for value in values)
+            wanted = [*leaves.values(), *module.parameters()]
             gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
         return [*(value.detach() for value in values), *gradients]
 
