@@ -129,19 +129,17 @@ py::dict plan_of(const lstm_ext::LayerShape& shape, int threads, bool save, int 
   result["pack_as_used"] = forward.pack_as_used;
   result["input_in_steps"] = forward.input_in_steps;
   result["unit_groups"] = forward.unit_groups;
-  result["input_bf16_parts"] = forward.input_engine.bf16_parts;
-  result["recurrent_bf16_parts"] = forward.recurrent_engine.bf16_parts;
+  result["input_bf16_parts"] = forward.input.bf16_parts;
+  result["recurrent_bf16_parts"] = forward.recurrent.bf16_parts;
   result["forward_chunk_rows"] = forward.chunk_rows;
   result["directions_at_once"] = forward.directions_at_once;
-  result["forward_workspace_bytes"] = forward.workspace_bytes;
   result["backward_batch_groups"] = backward.grid.batch_groups;
   result["backward_hidden_groups"] = backward.grid.hidden_groups;
   result["backward_pack"] = backward.pack;
-  result["backward_recurrent_bf16_parts"] = backward.recurrent_engine.bf16_parts;
-  result["backward_input_bf16_parts"] = backward.input_engine.bf16_parts;
-  result["outer_bf16_parts"] = backward.outer_engine.bf16_parts;
+  result["backward_recurrent_bf16_parts"] = backward.recurrent.bf16_parts;
+  result["backward_input_bf16_parts"] = backward.input.bf16_parts;
+  result["outer_bf16_parts"] = backward.outer_bf16_parts;
   result["backward_chunk_rows"] = backward.chunk_rows;
-  result["backward_workspace_bytes"] = backward.workspace_bytes;
   backward_params.grad_input.data = nullptr;  // the directions would add to it one after the other
   result["backward_directions_at_once"] = kernels.plan_backward(backward_params, machine).directions_at_once;
   return result;

@@ -125,7 +125,7 @@ struct NarrowPanels {
   const T* factors = nullptr;  // (4H)
 };
 
-// The weights of a direction in the layout that products read, prepared once for many calls; see FrozenPlan.
+// The weights of a direction in the layout that products read, prepared once for many calls.
 template <typename T>
 struct FrozenWeights {
   struct Gates {  // a weight (4H, n)

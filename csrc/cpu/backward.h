@@ -60,7 +60,7 @@ class Backward {
     const BackwardPlan& plan = pass_.plan;
     const LayerShape& shape = pass_.shape;
     const int64_t teams = plan.grid.batch_groups;
-    zero_rows(pass_.zero_row, plan.zero_row_size, Range{0, 1});
+    zero_rows(pass_.zero_row, plan.zero_rows.size, Range{0, 1});
     if (pass_.recomputes) recompute_.prepare_weights();
     if (!plan.pack) return;
     if (plan.pack_recurrent) {

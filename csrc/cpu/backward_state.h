@@ -138,8 +138,8 @@ struct CellRows {
 template <typename T>
 struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
   using Base = Pass<T, BackwardParams<T>, BackwardPlan>;
-  using Base::buffer, Base::columns, Base::row_list, Base::rows, Base::rows_in, Base::states_before;
-  using Base::kLanes, Base::params, Base::plan, Base::shape, Base::steps, Base::worker_buffer, Base::zero_row;
+  using Base::columns, Base::mine, Base::part, Base::part_or_null, Base::rows, Base::rows_in, Base::states_before;
+  using Base::kLanes, Base::params, Base::plan, Base::shape, Base::steps, Base::zero_row;
   using S = Simd<T>;
 
   const bool recomputes = !params.gate_values;
@@ -147,25 +147,23 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
   const Range hidden_columns = columns(shape.hidden_size);  // the units of this member
   const Range output_columns = columns(shape.output_size);  // its output features; the same without a projection
   // h_{t-1} of the chunk's rows; see list_previous_h.
-  const T** const h_rows = row_list(plan.h_lists, plan.chunk_rows);
+  const T** const h_rows = Base::template mine<const T*>(plan.h_lists);
   // The rows of the gradients of the preactivations of the team, for a step after which one of them is cut off.
-  const T** const cut_rows = row_list(plan.cut_lists, plan.team_rows);
-  T* const outer_products = worker_buffer(plan.outer_products, plan.outer_product_size);
+  const T** const cut_rows = Base::template mine<const T*>(plan.cut_lists);
+  T* const outer_products = mine(plan.outer_products);
   // Buffers (B, n); null where they are not needed.
-  T* const grad_h = buffer_if(params.options.any(), plan.grad_h);  // (B, H): dL/d(o * tanh(c)) of a step
+  T* const grad_h = part_or_null(plan.grad_h);  // (B, H): dL/d(o * tanh(c)) of a step
   // (B, P): the part of dL/dh_t that zoneout gives to h_{t-1}.
-  T* const grad_previous_h = buffer_if(params.options.zoneout_h.active(), plan.grad_previous_h);
+  T* const grad_previous_h = part_or_null(plan.grad_previous_h);
   // Sums over the steps before which a row is reset: of the gradients of the preactivations, and of grad_previous_h.
   // One product of the first sum with U gives dL/dh of the state that replaced the row's.
-  T* const reset_grad_preactivations = buffer_if(params.grad_reset_h, plan.reset_grad_preactivations);
-  T* const reset_grad_previous_h = buffer_if(params.grad_reset_h && grad_previous_h, plan.reset_grad_previous_h);
+  T* const reset_grad_preactivations = part_or_null(plan.reset_grad_preactivations);
+  T* const reset_grad_previous_h = part_or_null(plan.reset_grad_previous_h);
   Chunk<T> chunk{}, earlier_chunk{};
   BackwardStepRows<T> step{};
 
   BackwardState(const BackwardParams<T>& params, const BackwardPlan& plan, char* workspace, int worker)
       : Base(params, plan, Steps::Pass::kBackward, workspace, worker) {}
-
-  T* buffer_if(bool needed, int64_t offset) const { return needed ? buffer(offset) : nullptr; }
 
   // Begins a chunk at step `first`, with as many steps as a buffer has rows for. Several workers alternate between two
   // buffers. One worker uses the same buffer again, because it is still in cache.
@@ -177,15 +175,13 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
       c.rows += steps.rows_in(first + c.count++);
     }
     c.begin = shape.reverse ? first : shape.steps - first - c.count;
-    T* const even = buffer(plan.grad_preactivations);
-    const bool was_even = first > 0 && earlier_chunk.grad_preactivations == even;
-    const int64_t at = was_even == can_share_buffer(c) ? 0 : plan.chunk_rows;
-    c.grad_preactivations = even + at * gate_stride;
-    c.grad_input_part =
-        params.options.normalised() ? buffer(plan.grad_input_part, at * gate_stride) : c.grad_preactivations;
-    c.grad_hidden = buffer(plan.grad_hidden, at * shape.output_size);
-    if (params.options.recurrent_mask) c.masked_h = buffer(plan.masked_h, at * shape.output_size);
-    if (recomputes && shape.projected) c.hidden = buffer(plan.recomputed_hidden, at * shape.hidden_size);
+    const bool was_even = first > 0 && earlier_chunk.grad_preactivations == part(plan.grad_preactivations);
+    const int64_t buffer = was_even == can_share_buffer(c) ? 0 : 1;
+    c.grad_preactivations = part(plan.grad_preactivations, buffer);
+    c.grad_input_part = plan.grad_input_part.is_needed() ? part(plan.grad_input_part, buffer) : c.grad_preactivations;
+    c.grad_hidden = part(plan.grad_hidden, buffer);
+    c.masked_h = part_or_null(plan.masked_h, buffer);
+    c.hidden = part_or_null(plan.recomputed_hidden, buffer);
     chunk = c;
   }
 
@@ -209,7 +205,7 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
   T* grad_hidden(int64_t s) const { return chunk.grad_hidden + row_in_chunk(s) * shape.output_size; }
   // The recomputed gate values of a row of the current chunk.
   T* recomputed_gate_values(int64_t row) const {
-    return buffer(plan.recomputed_gate_values, row * 4 * shape.hidden_size);
+    return part(plan.recomputed_gate_values) + row * 4 * shape.hidden_size;
   }
 
   // Makes step s of the chunk the current one.
@@ -231,37 +227,30 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
 
   // A (depth, columns) weight, packed according to the plan.
   RightHandSide<T> right_hand_side(const WeightRows<T>& matrix, int64_t columns, int64_t depth,
-                                   const EngineProduct& engine, int64_t offset) const {
+                                   const PackedWeight& packed) const {
     static_assert(kBlockK <= kSumBlock);  // outer_products has room for a panel
-    if (engine.bf16_parts > 0) {
-      return {matrix,
-              nullptr,
-              columns,
-              depth,
-              outer_products,
-              false,
-              Base::bf16_operand(engine, offset),
-              Base::tile_scratch()};
+    if (packed.bf16_parts > 0) {
+      return {matrix, nullptr, columns, depth, outer_products, false, Base::bf16_operand(packed), Base::tile_scratch()};
     }
-    return {matrix, plan.pack ? buffer(offset) : nullptr, columns, depth, outer_products};
+    return {matrix, Base::panels(packed), columns, depth, outer_products};
   }
   RightHandSide<T> recurrent_weight() const {
-    RightHandSide<T> weight = right_hand_side(Base::weight_hh(), shape.output_size, 4 * shape.hidden_size,
-                                              plan.recurrent_engine, plan.recurrent_panels);
+    RightHandSide<T> weight =
+        right_hand_side(Base::weight_hh(), shape.output_size, 4 * shape.hidden_size, plan.recurrent);
     weight.backwards = step.odd;
     return weight;
   }
   RightHandSide<T> projection_weight() const {
-    return right_hand_side({params.weights.weight_hr}, shape.hidden_size, shape.output_size, plan.projection_engine,
-                           plan.projection_panels);
+    return right_hand_side({params.weights.weight_hr}, shape.hidden_size, shape.output_size, plan.projection);
   }
   RightHandSide<T> input_weight() const {
-    return right_hand_side(Base::weight_ih(), shape.input_size, 4 * shape.hidden_size, plan.input_engine,
-                           plan.input_panels);
+    return right_hand_side(Base::weight_ih(), shape.input_size, 4 * shape.hidden_size, plan.input);
   }
 
   // The team's own buffer for partial sums, wide enough for both products of a step (P <= H).
-  RowGrid<T> partial_sums(Range part) const { return rows.grid(buffer(plan.partial_sums), shape.hidden_size, part); }
+  RowGrid<T> partial_sums(Range part) const {
+    return rows.grid(Base::part(plan.partial_sums), shape.hidden_size, part);
+  }
 
   // The gradients of the preactivations of step `later`, for rows of the team, as the step before it reads them: a row
   // is zeros if a reset cut the state between the two. No rows if `later` is -1.

@@ -213,8 +213,8 @@ class UnfusedBackwardStep {
 
   void begin() {
     if (!chunk_sums_) return;
-    zero_rows(chunk_sums_, H_, Range{0, sums_});
-    zero_rows(worker_sums_, H_, Range{0, sums_});
+    zero_rows(chunk_sums_, sums_size_, Range{0, 1});
+    zero_rows(worker_sums_, sums_size_, Range{0, 1});
   }
 
   void run(int64_t s, int64_t count, int64_t continued) {
@@ -443,14 +443,14 @@ class UnfusedBackwardStep {
   UnfusedHiddenGradient<T> hidden_gradient_{pass_};
   const int64_t H_ = pass_.shape.hidden_size;
   // With layer normalisation: kNormRows rows of N(c_t), and one row of its gradient.
-  T* const normalised_c_ = pass_.worker_buffer(pass_.plan.norm_rows, (kNormRows + 1) * H_);
+  T* const normalised_c_ = pass_.mine(pass_.plan.norm_rows);
   T* const grad_normalised_c_ = normalised_c_ + kNormRows * H_;
   // This worker's sums over a chunk, and over all chunks: with layer normalisation the gradients of the biases (4H),
   // gain_ih (4H), gain_hh (4H), gain_c (H) and bias_c (H); else those of the cell (H) each. Then the sums of all
   // workers.
-  const int64_t sums_ = cpu::parameter_sums(options_), sums_size_ = sums_ * H_;
-  T* const chunk_sums_ = sums_ == 0 ? nullptr : pass_.worker_buffer(pass_.plan.parameter_sums, sums_size_);
-  T* const all_sums_ = pass_.buffer(pass_.plan.parameter_sums, pass_.plan.grid.workers() * sums_size_);
+  const int64_t sums_size_ = pass_.plan.parameter_sums.size;
+  T* const chunk_sums_ = pass_.part_or_null(pass_.plan.parameter_sums, pass_.worker);
+  T* const all_sums_ = pass_.part(pass_.plan.parameter_sums, pass_.plan.grid.workers());
   T* const worker_sums_ = all_sums_ + pass_.worker * sums_size_;
 };
 

@@ -26,7 +26,7 @@ class ChunkGradients {
     const RowGrid<T> out = rows_from(params.grad_input, pass_.steps, pass_.chunk.begin);
     const Range mine = workers_share(pass_.chunk.rows);
     // The rows that use a panel while it is in cache.
-    const int64_t most = pass_.plan.input_engine.bf16_parts > 0 ? kEngineInputRows : 16 * kTileRows;
+    const int64_t most = pass_.plan.input.bf16_parts > 0 ? kEngineInputRows : 16 * kTileRows;
     const RightHandSide<T> weight = pass_.input_weight();
     const bool adds = params.accumulate_grad_input;
     for (int64_t begin = mine.begin; begin < mine.end; begin += most) {
@@ -52,12 +52,12 @@ class ChunkGradients {
     const bool fresh = chunk.first == 0;
     const RowGrid<const T> input = rows_from(params.input, pass_.steps, chunk.begin);
     const bool both = params.grad_weight_ih && params.grad_weight_hh;
-    if (both && pass_.plan.outer_engine.bf16_parts > 0 && chunk.grad_input_part == chunk.grad_preactivations) {
+    if (both && pass_.plan.outer_bf16_parts > 0 && chunk.grad_input_part == chunk.grad_preactivations) {
       if constexpr (kHasTileEngine<T>) {  // splits the shared factor once
         const OuterSums sums[] = {{input, I, place(params.grad_weight_ih)},
                                   {previous_h(), P, place(params.grad_weight_hh)}};
-        add_outer_bf16(pass_.plan.outer_engine.bf16_parts, chunk.grad_preactivations, stride_, chunk.rows, mine, sums,
-                       2, pass_.tile_scratch(), pass_.outer_products, fresh);
+        add_outer_bf16(pass_.plan.outer_bf16_parts, chunk.grad_preactivations, stride_, chunk.rows, mine, sums, 2,
+                       pass_.tile_scratch(), pass_.outer_products, fresh);
       }
     } else {
       if (params.grad_weight_ih) {
@@ -84,7 +84,7 @@ class ChunkGradients {
     const int64_t P = pass_.shape.output_size;
     const SumsPlace<T> sums = place(params.grad_weight_hh);
     const bool by_rule = !chunk.masked_h && !pass_.steps.packed() && !pass_.shape.resets;
-    if (!by_rule || pass_.plan.outer_engine.bf16_parts > 0) {
+    if (!by_rule || pass_.plan.outer_bf16_parts > 0) {
       add_products(chunk.grad_preactivations, stride_, chunk.rows, mine, previous_h(), P, sums, fresh);
       return;
     }
@@ -123,10 +123,10 @@ class ChunkGradients {
   void add_products(const T* left, int64_t left_step, int64_t samples, Range rows, const RowGrid<const T>& right,
                     int64_t columns, const SumsPlace<T>& sums, bool fresh) const {
     if constexpr (kHasTileEngine<T>) {
-      if (pass_.plan.outer_engine.bf16_parts > 0) {
+      if (pass_.plan.outer_bf16_parts > 0) {
         const OuterSums all{right, columns, sums};
-        add_outer_bf16(pass_.plan.outer_engine.bf16_parts, left, left_step, samples, rows, &all, 1,
-                       pass_.tile_scratch(), pass_.outer_products, fresh);
+        add_outer_bf16(pass_.plan.outer_bf16_parts, left, left_step, samples, rows, &all, 1, pass_.tile_scratch(),
+                       pass_.outer_products, fresh);
         return;
       }
     }

@@ -65,7 +65,7 @@ class Forward {
     const ForwardPlan& plan = pass_.plan;
     const int64_t H = pass_.shape.hidden_size, P = pass_.shape.output_size, I = pass_.shape.input_size;
     const int teams = plan.grid.batch_groups;
-    zero_rows(pass_.zero_row, plan.zero_row_size, Range{0, 1});
+    zero_rows(pass_.zero_row, plan.zero_rows.size, Range{0, 1});
     if (pass_.frozen) return;
     for (int64_t block = pass_.blocks.begin; block < pass_.blocks.end; ++block) {
       if (block % teams != pass_.team) continue;
@@ -75,12 +75,12 @@ class Forward {
       }
       for (int gate = 0; gate < kGates; ++gate) {
         const int64_t at = gate * H + block * kLanes;
-        sum_biases(weights, Range{at, at + pass_.product.lanes_in(block)}, pass_.buffer(plan.bias));
+        sum_biases(weights, Range{at, at + pass_.product.lanes_in(block)}, pass_.part(plan.bias));
       }
     }
     if (pass_.shape.projected) {
       pack_projection(weights, pass_.shape, Range{pass_.worker, divide_up(P, kLanes)}, plan.grid.workers(),
-                      pass_.buffer(plan.projection_panels));
+                      pass_.part(plan.projection_panels));
     }
     if (teams > 1 || pass_.shape.projected) pass_.meet_all();
   }
@@ -140,30 +140,26 @@ class Forward {
   Step step_;
 };
 
-// Packs weights into the places of FrozenPlan, relative to `data`. The numbers are already those of the frozen type:
-// for int8, an integer times the factor of its row, and these factors are already in place.
+// Packs weights into their places. The numbers are already those of the frozen type: for int8, an integer times the
+// factor of its row, and these factors are already in place.
 template <typename T>
-void freeze(const LayerWeights<T>& weights, const LayerShape& shape, const FrozenPlan& plan, char* data) {
+void freeze(const LayerWeights<T>& weights, const LayerShape& shape, const FrozenWeights<T>& places) {
   constexpr int kLanes = Simd<T>::kLanes;
   const int64_t H = shape.hidden_size;
-  const auto pack = [&](const T* rows, int64_t count, const FrozenPlan::Gates& place) {
-    const Bf16Operand bf16{reinterpret_cast<uint16_t*>(data + place.bf16),
-                           reinterpret_cast<uint8_t*>(data + place.all_split), plan.bf16_parts};
-    char* const panels = data + place.panels;
-    const T* const factors = reinterpret_cast<const T*>(data + place.factors);
-    const bool own = plan.kind == WeightKind::kOwn;
-    const GateWeight<T> weight{{rows}, own ? reinterpret_cast<T*>(panels) : nullptr, bf16};
+  const auto pack = [&](const T* rows, int64_t count, const typename FrozenWeights<T>::Gates& place) {
+    GateWeight<T> weight = ForwardState<T>::frozen_weight(place, places.bf16_parts);
+    weight.rows = {rows};
     for (int64_t block = 0; block < divide_up(H, kLanes); ++block) {
       pack_gates(weight, H, count, block);
-      if (!own) pack_narrow_panel(rows, plan.kind, factors, H, count, block, panels);
+      if (!place.panels) pack_narrow_panel(rows, place.narrow, H, count, block);
     }
   };
-  pack(weights.weight_ih, shape.input_size, plan.input);
-  pack(weights.weight_hh, shape.output_size, plan.recurrent);
-  sum_biases(weights, Range{0, 4 * H}, reinterpret_cast<T*>(data + plan.bias));
+  pack(weights.weight_ih, shape.input_size, places.input);
+  pack(weights.weight_hh, shape.output_size, places.recurrent);
+  sum_biases(weights, Range{0, 4 * H}, const_cast<T*>(places.bias));
   if (shape.projected) {
     pack_projection(weights, shape, Range{0, divide_up(shape.output_size, kLanes)}, 1,
-                    reinterpret_cast<T*>(data + plan.projection_panels));
+                    const_cast<T*>(places.projection_panels));
   }
 }
 

@@ -16,9 +16,8 @@ namespace {
 template <typename T>
 struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
   using Base = Pass<T, ForwardParams<T>, ForwardPlan>;
-  using Base::buffer, Base::columns, Base::gate_weight, Base::row_list, Base::rows, Base::rows_in, Base::team_buffer,
-      Base::zero_row;
-  using Base::kLanes, Base::params, Base::plan, Base::shape, Base::steps, Base::writable_row_list;
+  using Base::columns, Base::gate_weight, Base::part, Base::rows, Base::rows_in, Base::zero_row;
+  using Base::kLanes, Base::params, Base::plan, Base::shape, Base::steps;
 
   // The order of this member's units. With unit groups, every other call of a layer goes from the last unit to the
   // first.
@@ -27,20 +26,18 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
   GateProduct<T> product{shape.hidden_size, Base::blocks, Base::tile_scratch(), forwards};
   const FrozenWeights<T>* const frozen = params.frozen;
   const GateWeight<T> input_weight =
-      frozen ? frozen_weight(frozen->input, plan.input_engine.bf16_parts)
-             : own_weight(Base::weight_ih(), plan.pack, plan.input_engine, plan.input_panels);
-  const GateWeight<T> recurrent_weight =
-      frozen ? frozen_weight(frozen->recurrent, plan.recurrent_engine.bf16_parts)
-             : own_weight(Base::weight_hh(), plan.pack, plan.recurrent_engine, plan.recurrent_panels);
-  const T* const projection_panels = frozen ? frozen->projection_panels : buffer(plan.projection_panels);
-  const T* const bias = frozen ? frozen->bias : buffer(plan.bias);
-  T* const chunk_preactivations = team_buffer(plan.preactivations, plan.chunk_rows * 4 * shape.hidden_size);
+      frozen ? frozen_weight(frozen->input, plan.input.bf16_parts) : own_weight(Base::weight_ih(), plan.input);
+  const GateWeight<T> recurrent_weight = frozen ? frozen_weight(frozen->recurrent, plan.recurrent.bf16_parts)
+                                                : own_weight(Base::weight_hh(), plan.recurrent);
+  const T* const projection_panels = frozen ? frozen->projection_panels : part(plan.projection_panels);
+  const T* const bias = frozen ? frozen->bias : part(plan.bias);
+  T* const chunk_preactivations = part(plan.preactivations, Base::team);
   // Rows of the input and of the preactivations in a chunk of packed data.
-  const T** const input_rows = row_list(plan.row_lists, 2 * plan.chunk_rows);
-  T** const preactivation_rows = writable_row_list(plan.row_lists, 2 * plan.chunk_rows) + plan.chunk_rows;
+  const T** const input_rows = Base::template mine<const T*>(plan.input_lists);
+  T** const preactivation_rows = Base::template mine<T*>(plan.preactivation_lists);
   // Pointers to h_{t-1} and to c_{t-1} (or null) of the team's rows in a step; see list_previous.
-  const T** const h_rows = row_list(plan.state_lists, 2 * plan.team_rows);
-  const T** const c_rows = h_rows + plan.team_rows;
+  const T** const h_rows = Base::template mine<const T*>(plan.h_lists);
+  const T** const c_rows = Base::template mine<const T*>(plan.c_lists);
 
   ForwardState(const ForwardParams<T>& params, const ForwardPlan& plan, char* workspace, int worker)
       : Base(params, plan, Steps::Pass::kForward, workspace, worker) {}
@@ -56,8 +53,8 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
   }
 
   // A weight that this call packs: all of it, or block by block into one buffer of each worker.
-  GateWeight<T> own_weight(const WeightRows<T>& rows, bool packed, const EngineProduct& engine, int64_t offset) const {
-    GateWeight<T> weight = gate_weight(rows, packed, engine, offset);
+  GateWeight<T> own_weight(const WeightRows<T>& rows, const PackedWeight& packed) const {
+    GateWeight<T> weight = gate_weight(rows, packed);
     if (plan.pack_as_used) weight.one_place = Base::worker;
     return weight;
   }
@@ -87,7 +84,7 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
   RowGrid<T> hidden(int64_t t, Range part) const {
     if (!shape.projected) return output(t, part);
     const int64_t H = shape.hidden_size;
-    return rows.grid(params.hidden ? params.hidden + steps.rows_before(t) * H : buffer(plan.hidden), H, part);
+    return rows.grid(params.hidden ? params.hidden + steps.rows_before(t) * H : Base::part(plan.hidden), H, part);
   }
   RowGrid<T> output(int64_t t, Range part) const {
     return rows.grid(rows_at(params.output, steps, t), params.output.stride_b, part);

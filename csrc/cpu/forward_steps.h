@@ -245,9 +245,9 @@ class UnfusedForwardStep {
   explicit UnfusedForwardStep(ForwardState<T>& pass)
       : pass_(pass),
         options_(pass.params.options),
-        masked_h_(pass.worker_buffer(pass.plan.masked_h, pass.plan.team_rows * pass.shape.output_size)),
-        recurrent_part_(pass.team_buffer(pass.plan.recurrent_parts, pass.plan.team_rows * 4 * H_)),
-        normalised_c_(pass.worker_buffer(pass.plan.normalised_cells, kNormRows * H_)) {}
+        masked_h_(pass.mine(pass.plan.masked_h)),
+        recurrent_part_(pass.part(pass.plan.recurrent_parts, pass.team)),
+        normalised_c_(pass.mine(pass.plan.normalised_cells)) {}
 
   // With layer normalisation the cell adds the biases.
   const T* input_bias() const { return kNormalised ? pass_.zero_row : pass_.bias; }

@@ -94,9 +94,11 @@ void pack_gate_panel(const W* weight, int64_t hidden_size, int64_t count, int64_
 // Packs a panel of narrower numbers, from which the weight's were widened: bfloat16, in the order of half_of, or
 // integers times a factor, in the order of int8_place if bytes are multiplied.
 template <typename T>
-void pack_narrow_panel(const T* weight, WeightKind kind, const T* factors, int64_t hidden_size, int64_t count,
-                       int64_t block, void* panels) {
+void pack_narrow_panel(const T* weight, const NarrowPanels<T>& narrow, int64_t hidden_size, int64_t count,
+                       int64_t block) {
   constexpr int n = Simd<T>::kLanes;
+  const WeightKind kind = narrow.kind;
+  void* const panels = const_cast<void*>(narrow.data);
   const bool as_bytes = kind == WeightKind::kInt8 && multiplies_int8();
   if (as_bytes) {
     uint8_t* const bytes = static_cast<uint8_t*>(panels) + block * int8_panel_size(count);
@@ -114,7 +116,7 @@ void pack_narrow_panel(const T* weight, WeightKind kind, const T* factors, int64
           const int64_t place = at - gate % 2 * n + lane + gate % 2;  // the order of half_of
           static_cast<uint16_t*>(panels)[place] = static_cast<uint16_t>(bits >> 16);
         } else {
-          const float integer = number == 0 ? 0.0f : number / static_cast<float>(factors[row]);
+          const float integer = number == 0 ? 0.0f : number / static_cast<float>(narrow.factors[row]);
           const int rounded = static_cast<int>(integer + (integer < 0 ? -0.5f : 0.5f));
           if (as_bytes) {
             uint8_t* const bytes = static_cast<uint8_t*>(panels) + block * int8_panel_size(count);

@@ -37,14 +37,14 @@ struct Kernels {
   // See plan.h.
   ForwardPlan (*plan_forward)(const ForwardParams<T>&, const Machine&);
   BackwardPlan (*plan_backward)(const BackwardParams<T>&, const Machine&);
-  FrozenPlan (*plan_frozen)(const LayerShape&, const Machine&, int bf16_parts, WeightKind, int64_t first);
+  FrozenPlan (*plan_frozen)(const LayerShape&, const Machine&, int bf16_parts, WeightKind);
   bool (*sums_gradients_once)(const LayerShape&, int bf16_parts);
   // `workspace`: plan.workspace_bytes, aligned to 64, the first plan.barrier_bytes zeroed by the
   // caller; shared by all workers of the call.
   void (*forward)(const ForwardParams<T>&, const ForwardPlan&, char* workspace, int worker);
   void (*backward)(const BackwardParams<T>&, const BackwardPlan&, char* workspace, int worker);
-  // Packs the weights into the plan's places, relative to `data`, where the factors of int8 are already.
-  void (*freeze)(const LayerWeights<T>&, const LayerShape&, const FrozenPlan&, char* data);
+  // Packs the weights into their places, where the factors of int8 are already.
+  void (*freeze)(const LayerWeights<T>&, const LayerShape&, const FrozenWeights<T>& places);
   bool (*multiplies_int8)();  // whether frozen int8 weights multiply bytes; their panels depend on it
 };
 

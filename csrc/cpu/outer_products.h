@@ -84,7 +84,7 @@ void add_few_outer_products(const T* left, int64_t left_step, int64_t samples, R
 constexpr int64_t kBandSamples = 64, kBandRows = 48, kLongRowBytes = 2048;
 
 // sums[m, :] += sum over samples n of left[n * left_step + m] * right(n)[:], for m in `rows`; = instead of += if
-// `fresh`. For `scratch` see BackwardPlan::outer_product_size.
+// `fresh`. For `scratch` see BackwardPlan::outer_products.
 template <typename T, typename Right>
 void add_outer_products(const T* left, int64_t left_step, int64_t samples, Range rows, const Right& right,
                         int64_t columns, const SumsPlace<T>& sums, T* scratch, bool fresh) {

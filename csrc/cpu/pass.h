@@ -71,41 +71,47 @@ struct Pass {
         member(worker % plan.grid.hidden_groups),
         rows(shape, plan.grid.batch_groups, team),
         blocks(share(divide_up(shape.hidden_size, kLanes), plan.grid.hidden_groups, member)),
-        all_workers(*place<Barrier>(0)),
-        team_members(place<Barrier>(0)[1 + team]),
-        zero_row(worker_buffer(plan.zero_rows, plan.zero_row_size)),
-        engine_session(plan.engine_scratch.in_tiles && plan.engine_scratch.sums_numbers > 0) {}
+        all_workers(*at<Barrier>(0)),
+        team_members(at<Barrier>(0)[1 + team]),
+        zero_row(mine(plan.zero_rows)),
+        engine_session(plan.engine_scratch.in_tiles && plan.engine_scratch.sums.is_needed()) {}
 
-  // Places in the workspace, at an offset of the plan. Those of the workers, or of the teams, follow one another; each
-  // has `size` numbers or rows.
-  T* buffer(int64_t offset, int64_t index = 0) const { return place<T>(offset) + index; }
-  T* worker_buffer(int64_t offset, int64_t size) const { return buffer(offset) + worker * size; }
-  T* team_buffer(int64_t offset, int64_t size) const { return buffer(offset) + team * size; }
-  const T** row_list(int64_t offset, int64_t size) const { return place<const T*>(offset) + worker * size; }
-  T** writable_row_list(int64_t offset, int64_t size) const { return place<T*>(offset) + worker * size; }
+  // A part of a place in the workspace, and this worker's part.
+  template <typename Element = T>
+  Element* part(const Place& place, int64_t index = 0) const {
+    return at<Element>(place.at) + index * place.size;
+  }
+  template <typename Element = T>
+  Element* mine(const Place& place) const {
+    return part<Element>(place, worker);
+  }
+  T* part_or_null(const Place& place, int64_t index = 0) const {
+    return place.is_needed() ? part(place, index) : nullptr;
+  }
 
   TileScratch tile_scratch() const {
     const EngineScratch& scratch = plan.engine_scratch;
-    return {place<uint16_t>(scratch.left) + worker * scratch.left_numbers,
-            scratch.left_numbers,
-            place<uint16_t>(scratch.right) + worker * scratch.right_numbers,
-            scratch.right_numbers,
-            place<float>(scratch.sums) + worker * 2 * scratch.sums_numbers,
-            scratch.sums_numbers,
+    return {mine<uint16_t>(scratch.left),
+            scratch.left.size,
+            mine<uint16_t>(scratch.right),
+            scratch.right.size,
+            mine<float>(scratch.sums),
+            scratch.sums.size / 2,
             scratch.in_tiles};
   }
-  // The bf16 parts of a weight for the tile engine, at an offset of the plan.
-  Bf16Operand bf16_operand(const EngineProduct& engine, int64_t offset) const {
-    return {place<uint16_t>(offset), place<uint8_t>(engine.all_split), engine.bf16_parts};
+  T* panels(const PackedWeight& weight) const { return plan.pack ? at<T>(weight.at) : nullptr; }
+  // The bf16 parts of a weight for the tile engine.
+  Bf16Operand bf16_operand(const PackedWeight& weight) const {
+    return {at<uint16_t>(weight.at), at<uint8_t>(weight.all_split), weight.bf16_parts};
   }
 
   WeightRows<T> weight_ih() const { return {params.weights.weight_ih, params.weights.narrow.weight_ih, kind()}; }
   WeightRows<T> weight_hh() const { return {params.weights.weight_hh, params.weights.narrow.weight_hh, kind()}; }
 
   // A weight (4H, count), packed according to the plan.
-  GateWeight<T> gate_weight(const WeightRows<T>& rows, bool packed, const EngineProduct& engine, int64_t offset) const {
-    if (engine.bf16_parts > 0) return {rows, nullptr, bf16_operand(engine, offset)};
-    return {rows, packed ? buffer(offset) : nullptr};
+  GateWeight<T> gate_weight(const WeightRows<T>& rows, const PackedWeight& weight) const {
+    if (weight.bf16_parts > 0) return {rows, nullptr, bf16_operand(weight)};
+    return {rows, panels(weight)};
   }
 
   // Rows of the team in step s of this pass.
@@ -143,7 +149,7 @@ struct Pass {
  private:
   WeightKind kind() const { return params.weights.narrow.kind; }
   template <typename Element>
-  Element* place(int64_t offset) const {
+  Element* at(int64_t offset) const {
     return reinterpret_cast<Element*>(workspace + offset);
   }
 };

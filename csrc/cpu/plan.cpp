@@ -15,7 +15,7 @@ int64_t count_barriers(const Params& params) {
 
 // The least number of rows of a chunk that share one read of W.
 int64_t least_chunk_rows(const ForwardPlan& plan, int64_t weight_numbers) {
-  const int bf16_parts = plan.input_engine.bf16_parts;
+  const int bf16_parts = plan.input.bf16_parts;
   if (bf16_parts == 0) return kChunkRows;
   const bool far = 2.0 * bf16_parts * static_cast<double>(weight_numbers) > kCacheBytes;
   return bf16_parts == 1 && far ? 2 * kEngineChunkRows : kEngineChunkRows;
@@ -24,8 +24,8 @@ int64_t least_chunk_rows(const ForwardPlan& plan, int64_t weight_numbers) {
 // The number of steps in a chunk if only W x runs on the tile engine, small enough that the engine does not slow those
 // steps; 0 if there would be too few.
 int64_t short_chunk_steps(const ForwardPlan& plan, const LayerShape& shape) {
-  const int bf16_parts = plan.input_engine.bf16_parts;
-  if (bf16_parts == 0 || plan.recurrent_engine.bf16_parts > 0) return 0;
+  const int bf16_parts = plan.input.bf16_parts;
+  if (bf16_parts == 0 || plan.recurrent.bf16_parts > 0) return 0;
   const int64_t columns =
       divide_up(divide_up(shape.hidden_size, kEngineTileRows), plan.grid.hidden_groups) * kGateTiles;
   const int64_t products = bf16_parts * (bf16_parts + 1) / 2 * columns * divide_up(shape.input_size, kEngineTileDepth);
@@ -37,8 +37,8 @@ int64_t short_chunk_steps(const ForwardPlan& plan, const LayerShape& shape) {
 // each step instead if a step has enough rows and one of two holds: the bf16 parts of both weights stay in the cache,
 // or those of W are no larger than the traffic that this saves.
 bool sums_input_in_steps(const ForwardPlan& plan, const LayerShape& shape, bool unfused) {
-  const int bf16_parts = plan.recurrent_engine.bf16_parts;
-  if (unfused || plan.pack_as_used || bf16_parts == 0 || plan.input_engine.bf16_parts != bf16_parts) return false;
+  const int bf16_parts = plan.recurrent.bf16_parts;
+  if (unfused || plan.pack_as_used || bf16_parts == 0 || plan.input.bf16_parts != bf16_parts) return false;
   const int64_t gates = 4 * shape.hidden_size;
   const double of_input = 2.0 * static_cast<double>(bf16_numbers(gates, shape.input_size, bf16_parts));
   const double both = of_input + 2.0 * static_cast<double>(bf16_numbers(gates, shape.output_size, bf16_parts));
@@ -53,8 +53,8 @@ bool sums_input_in_steps(const ForwardPlan& plan, const LayerShape& shape, bool 
 template <typename T>
 int64_t count_unit_groups(const ForwardPlan& plan, const ForwardParams<T>& params, const Machine& machine) {
   const LayerShape& shape = params.shape;
-  if (shape.steps > 1 || shape.step_offsets || params.options.any() || plan.pack_as_used ||
-      plan.input_engine.bf16_parts > 0 || plan.recurrent_engine.bf16_parts > 0) {
+  if (shape.steps > 1 || shape.step_offsets || params.options.any() || plan.pack_as_used || plan.input.bf16_parts > 0 ||
+      plan.recurrent.bf16_parts > 0) {
     return 1;
   }
   const WeightKind kind = params.frozen ? params.frozen->input.narrow.kind : params.weights.narrow.kind;
@@ -82,12 +82,12 @@ ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine)
   const bool narrow = params.weights.narrow.kind != WeightKind::kOwn;
   plan.pack = frozen || samples > row_major_rows(shape, machine, recurrent_bf16_parts, narrow, options.any());
   // Decided by the size of the call, not by its share among threads: results do not depend on their number.
-  if (plan.pack) plan.input_engine.bf16_parts = gate_bf16_parts(machine, bf16_parts, samples, I, H);
-  if (plan.pack) plan.recurrent_engine.bf16_parts = recurrent_bf16_parts;
+  if (plan.pack) plan.input.bf16_parts = gate_bf16_parts(machine, bf16_parts, samples, I, H);
+  if (plan.pack) plan.recurrent.bf16_parts = recurrent_bf16_parts;
   plan.pack_as_used = !frozen && plan.pack && shape.steps == 1 && samples <= kMostEngineRows;
   plan.input_in_steps = sums_input_in_steps(plan, shape, options.any());
-  plan.grid = choose_grid(shape, machine, step_cost(shape, I, plan.recurrent_engine.bf16_parts, machine.engine, true),
-                          0.0, count_barriers(params), plan.pack_as_used ? 1 : shape.batch);
+  plan.grid = choose_grid(shape, machine, step_cost(shape, I, plan.recurrent.bf16_parts, machine.engine, true), 0.0,
+                          count_barriers(params), plan.pack_as_used ? 1 : shape.batch);
   plan.directions_at_once = directions_at_once(machine, plan.grid);
   plan.unit_groups = count_unit_groups(plan, params, machine);
 
@@ -128,9 +128,9 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
   // A single step uses U only for the gradients of the states before it.
   plan.pack_recurrent = plan.pack && (shape.steps > 1 || params.grad_h0 || params.grad_reset_h);
   if (plan.pack_recurrent)
-    plan.recurrent_engine.bf16_parts = column_bf16_parts(machine, params.bf16_parts, shape.batch, gates, P);
-  if (plan.recurrent_engine.bf16_parts > 0) other_work /= machine.engine.speed[plan.recurrent_engine.bf16_parts];
-  plan.grid = choose_grid(shape, machine, step_cost(shape, 0, plan.recurrent_engine.bf16_parts, machine.engine, false),
+    plan.recurrent.bf16_parts = column_bf16_parts(machine, params.bf16_parts, shape.batch, gates, P);
+  if (plan.recurrent.bf16_parts > 0) other_work /= machine.engine.speed[plan.recurrent.bf16_parts];
+  plan.grid = choose_grid(shape, machine, step_cost(shape, 0, plan.recurrent.bf16_parts, machine.engine, false),
                           other_work, count_barriers(params), shape.batch);
   plan.directions_at_once = !params.grad_input.data && directions_at_once(machine, plan.grid);
   plan.team_rows = divide_up(shape.batch, plan.grid.batch_groups);
@@ -138,21 +138,19 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
   // The shared left factor of both weights is split once.
   const bool one_left = params.grad_weight_ih && params.grad_weight_hh && !options.normalised();
   const int64_t outer_columns = one_left ? I + P : std::min(I, P);
-  if (plan.pack)
-    plan.outer_engine.bf16_parts = column_bf16_parts(machine, params.bf16_parts, samples, samples, outer_columns);
+  if (plan.pack) plan.outer_bf16_parts = column_bf16_parts(machine, params.bf16_parts, samples, samples, outer_columns);
   // The tile engine adds to memory every kSumBlock samples in any case.
-  const int64_t most_samples = plan.outer_engine.bf16_parts > 0 ? kSumBlock : kMostSamples;
+  const int64_t most_samples = plan.outer_bf16_parts > 0 ? kSumBlock : kMostSamples;
   plan.chunk_rows = divide_up(std::clamp(H, kLeastSamples, most_samples), shape.batch) * shape.batch;
   if (2 * plan.chunk_rows >= samples) plan.chunk_rows = samples;
   if (plan.pack) {
     const int64_t input_rows = std::min(plan.chunk_rows, kEngineInputRows);
-    if (shape.projected)
-      plan.projection_engine.bf16_parts = column_bf16_parts(machine, params.bf16_parts, shape.batch, P, H);
+    if (shape.projected) plan.projection.bf16_parts = column_bf16_parts(machine, params.bf16_parts, shape.batch, P, H);
     if (params.grad_input.data)
-      plan.input_engine.bf16_parts = column_bf16_parts(machine, params.bf16_parts, input_rows, gates, I);
+      plan.input.bf16_parts = column_bf16_parts(machine, params.bf16_parts, input_rows, gates, I);
     if (recomputes) {
-      plan.recompute_input_engine.bf16_parts = gate_bf16_parts(machine, params.bf16_parts, samples, I, H);
-      plan.recompute_recurrent_engine.bf16_parts = gate_bf16_parts(machine, params.bf16_parts, samples, P, H);
+      plan.recompute_input.bf16_parts = gate_bf16_parts(machine, params.bf16_parts, samples, I, H);
+      plan.recompute_recurrent.bf16_parts = gate_bf16_parts(machine, params.bf16_parts, samples, P, H);
     }
   }
   lay_out(plan, params, machine);

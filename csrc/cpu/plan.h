@@ -41,18 +41,25 @@ struct Machine {
   double worker_costs = 1;  // what workers cost, as a multiple of the constants; less in tests
 };
 
-// A product's use of the tile engine; see bf16_split.h. All 0 if it does not run there.
-struct EngineProduct {
-  int bf16_parts = 0;     // bf16 parts of its operands; 0: not on the tile engine
-  int64_t all_split = 0;  // place of a flag for each 16 columns of the right operand
+// A place in the workspace: the byte offset of its first part, and the elements of a part. There is a part for each
+// worker, team or buffer that needs one of its own; without parts, both are 0.
+struct Place {
+  int64_t at = 0, size = 0;
+  bool is_needed() const { return size > 0; }
+};
+
+// A weight as a right operand. Byte offsets in the workspace, or 0.
+struct PackedWeight {
+  int bf16_parts = 0;     // bf16 parts of the operands on the tile engine, see bf16_split.h; 0: not there
+  int64_t at = 0;         // panels, or bf16 parts; 0 if the weight is read where it is
+  int64_t all_split = 0;  // a flag for each 16 columns
 };
 
 // A worker's scratch for products on the tile engine.
 struct EngineScratch {
-  int64_t left = 0, left_numbers = 0;  // place, and bfloat16 numbers
-  int64_t right = 0, right_numbers = 0;
-  int64_t sums = 0, sums_numbers = 0;  // place of two buffers, and float32 numbers in one
-  bool in_tiles = false;               // EngineLimits::tiles
+  Place left, right;      // bfloat16 numbers
+  Place sums;             // float32 numbers: two buffers in turn
+  bool in_tiles = false;  // EngineLimits::tiles
 };
 
 // Workers form a grid of batch_groups teams of hidden_groups members. Each team owns a slice of the batch for all time
@@ -68,8 +75,7 @@ struct WorkerGrid {
   int workers() const { return batch_groups * hidden_groups; }
 };
 
-// Places in the workspace are byte offsets; a place that a call does not need is 0. Barriers come first: that
-// of all workers, then those of the teams.
+// Barriers come first in the workspace: that of all workers, then those of the teams.
 struct ForwardPlan {
   WorkerGrid grid;
   bool pack = false;            // W and U as gate-interleaved panels or as bf16 parts; else they are read row-major
@@ -77,29 +83,23 @@ struct ForwardPlan {
   bool input_in_steps = false;  // W x of a step is summed with its U h on the tile engine
   // Both directions of a bidirectional layer may run at the same time, each on the workers of its plan.
   bool directions_at_once = false;
-  int64_t unit_groups = 1;    // groups of hidden units: a step multiplies W x and U h group by group
-  int64_t team_rows = 0;      // batch rows of a team in a step, at most
-  int64_t chunk_rows = 0;     // rows (steps x batch rows) of a team whose input part is computed at once
-  int64_t zero_row_size = 0;  // numbers in a row of zeros
-  int64_t input_panels = 0, recurrent_panels = 0, projection_panels = 0, bias = 0;
-  EngineProduct input_engine, recurrent_engine;
+  int64_t unit_groups = 1;  // groups of hidden units: a step multiplies W x and U h group by group
+  int64_t team_rows = 0;    // batch rows of a team in a step, at most
+  int64_t chunk_rows = 0;   // rows (steps x batch rows) of a team whose input part is computed at once
+  PackedWeight input, recurrent;
   EngineScratch engine_scratch;
-  int64_t preactivations = 0, hidden = 0;                           // in inference: rows of a chunk, and of a step
-  int64_t row_lists = 0, state_lists = 0, zero_rows = 0;            // see ForwardState
-  int64_t masked_h = 0, recurrent_parts = 0, normalised_cells = 0;  // see UnfusedForwardStep
+  Place projection_panels, bias;
+  Place preactivations, hidden;  // in inference: rows of a chunk of each team, and of a step
+  Place input_lists, preactivation_lists, h_lists, c_lists, zero_rows;  // see ForwardState
+  Place masked_h, recurrent_parts, normalised_cells;                    // see UnfusedForwardStep
   int64_t barrier_bytes = 0;
   int64_t workspace_bytes = 0;
 };
 
-// The layout of the frozen weights of one direction, in byte offsets.
+// The kind of the frozen weights of one direction, and their size; place_frozen lays them out.
 struct FrozenPlan {
   int bf16_parts = 0;  // bf16 parts of the weights for the tile engine; 0: none
   WeightKind kind = WeightKind::kOwn;
-  struct Gates {  // a place that is not needed is 0
-    int64_t panels = 0, factors = 0, bf16 = 0, all_split = 0;
-  };
-  Gates input, recurrent;
-  int64_t projection_panels = 0, bias = 0;
   int64_t bytes = 0;
 };
 
@@ -115,19 +115,16 @@ struct BackwardPlan {
   // Stride between rows of the gradients of preactivations, in numbers: 4H or a little more. With a stride that is a
   // power of two the rows would share a few cache sets and evict each other.
   int64_t gate_stride = 0;
-  int64_t zero_row_size = 0;       // numbers in a row of zeros
-  int64_t outer_product_size = 0;  // a worker's scratch, in numbers; also used for RightHandSide::block_panel
-  int64_t input_panels = 0, recurrent_panels = 0, projection_panels = 0;
-  int64_t partial_sums = 0, outer_products = 0, h_lists = 0, cut_lists = 0, zero_rows = 0;  // see BackwardState
-  int64_t grad_preactivations = 0, grad_input_part = 0, grad_hidden = 0, masked_h = 0;      // see Chunk
-  int64_t grad_h = 0, grad_previous_h = 0, reset_grad_preactivations = 0, reset_grad_previous_h = 0;
-  int64_t norm_rows = 0, parameter_sums = 0;  // see UnfusedBackwardStep
-  int64_t recomputed_gate_values = 0, recomputed_hidden = 0;
-  int64_t recompute_input_panels = 0, recompute_recurrent_panels = 0, recompute_bias = 0, recompute_lists = 0;
-  EngineProduct input_engine, recurrent_engine, projection_engine;  // products with W, U and W_hr as the right operand
-  EngineProduct outer_engine;                                       // the sums of outer products
-  EngineProduct recompute_input_engine, recompute_recurrent_engine;
+  PackedWeight input, recurrent, projection;  // W, U and W_hr
+  PackedWeight recompute_input, recompute_recurrent;
+  int outer_bf16_parts = 0;  // as PackedWeight::bf16_parts, of the sums of outer products
   EngineScratch engine_scratch;
+  Place outer_products;                               // also used for RightHandSide::block_panel
+  Place partial_sums, h_lists, cut_lists, zero_rows;  // see BackwardState
+  Place grad_preactivations, grad_input_part, grad_hidden, masked_h, recomputed_hidden;  // see Chunk
+  Place grad_h, grad_previous_h, reset_grad_preactivations, reset_grad_previous_h;
+  Place norm_rows, parameter_sums;  // see UnfusedBackwardStep
+  Place recomputed_gate_values, recompute_bias, recompute_inputs, recompute_h, recompute_gates;  // see Recompute
   int64_t barrier_bytes = 0;
   int64_t workspace_bytes = 0;
 };
@@ -142,12 +139,6 @@ constexpr int64_t kTileColumns = 4;       // columns of a register tile, in regi
 constexpr int64_t kNormRows = 4;          // rows that are normalised side by side, see layer_norm.h
 constexpr int64_t kBarrierBytes = 64;     // one cache line
 
-// The sums, times H, that a worker keeps of the gradients of a cell's parameters; see UnfusedBackwardStep.
-template <typename T>
-LSTM_EXT_CONTRACT_INLINE int64_t parameter_sums(const StepOptions<T>& options) {
-  return options.normalised() ? 14 : options.cell.peepholes() ? cell::kParameters : 0;
-}
-
 // Whether a backward pass writes each number of the gradients of W and U once: with a single step, which is one chunk,
 // and one block of add_outer_products and of add_outer_bf16. `bf16_parts` as in LayerParams.
 LSTM_EXT_PUBLIC bool sums_gradients_once(const LayerShape& shape, int bf16_parts);
@@ -155,10 +146,9 @@ LSTM_EXT_PUBLIC bool sums_gradients_once(const LayerShape& shape, int bf16_parts
 // not save, a backward pass for everything that is requested or recomputed.
 template <typename T>
 LSTM_EXT_PUBLIC ForwardPlan plan_forward(const ForwardParams<T>& params, const Machine& machine);
-// `first` is the first free byte.
 template <typename T>
-LSTM_EXT_PUBLIC FrozenPlan plan_frozen(const LayerShape& shape, const Machine& machine, int bf16_parts, WeightKind kind,
-                                       int64_t first);
+LSTM_EXT_PUBLIC FrozenPlan plan_frozen(const LayerShape& shape, const Machine& machine, int bf16_parts,
+                                       WeightKind kind);
 template <typename T>
 LSTM_EXT_PUBLIC BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machine);
 

@@ -82,15 +82,13 @@ class Recompute {
   BackwardState<T>& pass_;
   const BackwardPlan& plan_ = pass_.plan;
   GateProduct<T> product_{pass_.shape.hidden_size, pass_.blocks, pass_.tile_scratch()};
-  const GateWeight<T> input_weight_ =
-      pass_.gate_weight(pass_.weight_ih(), plan_.pack, plan_.recompute_input_engine, plan_.recompute_input_panels);
-  const GateWeight<T> recurrent_weight_ = pass_.gate_weight(
-      pass_.weight_hh(), plan_.pack, plan_.recompute_recurrent_engine, plan_.recompute_recurrent_panels);
-  T* const bias_ = pass_.worker_buffer(plan_.recompute_bias, 4 * pass_.shape.hidden_size);
+  const GateWeight<T> input_weight_ = pass_.gate_weight(pass_.weight_ih(), plan_.recompute_input);
+  const GateWeight<T> recurrent_weight_ = pass_.gate_weight(pass_.weight_hh(), plan_.recompute_recurrent);
+  T* const bias_ = pass_.mine(plan_.recompute_bias);
   // Pointers to the team's rows of a chunk.
-  const T** const input_rows_ = pass_.row_list(plan_.recompute_lists, 3 * plan_.chunk_rows);
-  const T** const h_rows_ = input_rows_ + plan_.chunk_rows;
-  T** const gate_rows_ = pass_.writable_row_list(plan_.recompute_lists, 3 * plan_.chunk_rows) + 2 * plan_.chunk_rows;
+  const T** const input_rows_ = pass_.template mine<const T*>(plan_.recompute_inputs);
+  const T** const h_rows_ = pass_.template mine<const T*>(plan_.recompute_h);
+  T** const gate_rows_ = pass_.template mine<T*>(plan_.recompute_gates);
 };
 
 }  // namespace

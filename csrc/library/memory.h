@@ -8,25 +8,14 @@
 #include <cstdint>
 #include <cstdlib>
 
+#include "cpu/frozen.h"
 #include "library/weights_file.h"
 
 namespace lstm_ext::library {
 
-constexpr int64_t kAlignment = 64;
+using cpu::Arena;
+constexpr int64_t kAlignment = cpu::kCacheLine;
 constexpr size_t kHugePage = size_t{1} << 21;
-
-// Hands out aligned places in memory, or only counts their bytes if there is none.
-struct Arena {
-  char* base = nullptr;
-  int64_t used = 0;
-
-  template <typename T>
-  T* take(int64_t count) {
-    char* const at = base ? base + used : nullptr;
-    used += (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
-    return reinterpret_cast<T*>(at);
-  }
-};
 
 inline char* aligned(void* memory) {
   const auto address = reinterpret_cast<uintptr_t>(memory);

@@ -8,7 +8,6 @@
 #include <cstring>
 #include <new>
 
-#include "cpu/frozen.h"
 #include "library/memory.h"
 
 namespace lstm_ext::library {
@@ -77,20 +76,15 @@ int64_t scratch_bytes(const WeightsFile& file) {
 }
 
 template <typename T>
-void pack(const WeightsFile& file, const LayerShape& shape, const FileArrays& arrays, const cpu::Kernels<T>& kernels,
-          const cpu::FrozenPlan& plan, char* data, T* scratch) {
+FrozenWeights<T> pack(const WeightsFile& file, const LayerShape& shape, const FileArrays& arrays,
+                      const cpu::Kernels<T>& kernels, const cpu::FrozenPlan& plan, char* data, T* scratch) {
   const int64_t rows = 4 * shape.hidden_size;
   const T* const w = widened(file.kind(), arrays.weight_ih, arrays.factors_ih, rows, shape.input_size, scratch);
   T* const rest = scratch ? scratch + rows * shape.input_size : nullptr;
   const T* const u = widened(file.kind(), arrays.weight_hh, arrays.factors_hh, rows, shape.output_size, rest);
-  if (plan.kind == WeightKind::kInt8) {
-    const size_t bytes = static_cast<size_t>(rows) * sizeof(float);
-    std::memcpy(data + plan.input.factors, arrays.factors_ih, bytes);
-    std::memcpy(data + plan.recurrent.factors, arrays.factors_hh, bytes);
-  }
-  kernels.freeze({w, u, static_cast<const T*>(arrays.bias_ih), static_cast<const T*>(arrays.bias_hh),
-                  static_cast<const T*>(arrays.weight_hr)},
-                 shape, plan, data);
+  const LayerWeights<T> weights{w, u, static_cast<const T*>(arrays.bias_ih), static_cast<const T*>(arrays.bias_hh),
+                                static_cast<const T*>(arrays.weight_hr)};
+  return cpu::freeze(kernels, weights, {arrays.factors_ih, arrays.factors_hh}, shape, plan, data);
 }
 
 // Lays a model out and, where the arena has memory, makes it there. `scratch` has scratch_bytes.
@@ -105,13 +99,12 @@ lstm_ext_model* make_model(const WeightsFile& file, const cpu::Capability& capab
     const LayerShape shape = file.shape(layer);
     const cpu::FrozenPlan plan =
         kernels.plan_frozen(shape, {kernels.lanes, 1, kernels.engine}, static_cast<int>(file.header->bf16_parts),
-                            cpu::kept_kind(shape, file.kind()), kAlignment);
+                            cpu::kept_kind(shape, file.kind()));
     char* const data = arena.take<char>(plan.bytes);
     Direction<T> direction{};
     copy_options(file, arrays, arena, direction.options);
     if (!data) return;
-    pack(file, shape, arrays, kernels, plan, data, scratch);
-    direction.weights = cpu::frozen_weights<T>(plan, data);
+    direction.weights = pack(file, shape, arrays, kernels, plan, data, scratch);
     new (&directions[layer * file.header->directions + d]) Direction<T>(direction);
   });
   return model;

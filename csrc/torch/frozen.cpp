@@ -14,7 +14,7 @@
 namespace lstm_ext {
 namespace {
 
-constexpr char kMark[8] = {'l', 's', 't', 'm', 'i', 'c', 'e', '2'};
+constexpr char kMark[8] = {'l', 's', 't', 'm', 'i', 'c', 'e', '3'};
 
 struct Header {
   char mark[8];
@@ -51,15 +51,21 @@ bool is_for_this_processor(const Header& header) {
 
 const Header& header_of(const at::Tensor& frozen) { return *static_cast<const Header*>(frozen.const_data_ptr()); }
 
+// The weights lie behind the header.
+constexpr int64_t kWeightsAt = (sizeof(Header) + cpu::kCacheLine - 1) / cpu::kCacheLine * cpu::kCacheLine;
+
+LayerShape shape_of(const Header& header) {
+  return {1,       1,      header.input_size, header.hidden_size, header.output_size, header.projected != 0, false,
+          nullptr, nullptr};
+}
+
 // Whether weights of these sizes have the header's plan, so that all places lie within the bytes.
 template <typename T>
 bool has_plan(const Header& header) {
-  const LayerShape shape{
-      1, 1, header.input_size, header.hidden_size, header.output_size, header.projected != 0, false, nullptr, nullptr};
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
-  const cpu::FrozenPlan plan = kernels.plan_frozen(shape, {kernels.lanes, 1, kernels.engine}, header.plan.bf16_parts,
-                                                   header.plan.kind, sizeof(Header));
-  return std::memcmp(&plan, &header.plan, sizeof(plan)) == 0 && plan.bytes == header.bytes;
+  const cpu::FrozenPlan plan = kernels.plan_frozen(shape_of(header), {kernels.lanes, 1, kernels.engine},
+                                                   header.plan.bf16_parts, header.plan.kind);
+  return std::memcmp(&plan, &header.plan, sizeof(plan)) == 0 && kWeightsAt + plan.bytes == header.bytes;
 }
 
 // Whether freeze_direction could have written a header whose sizes are those of the layer. A file may hold any bytes.
@@ -89,10 +95,6 @@ Rounded rounded_to_int8(const at::Tensor& weight, at::ScalarType type) {
 }
 at::Tensor widened(const Rounded& rounded) { return rounded.numbers.to(at::kFloat).mul_(rounded.factors.unsqueeze(1)); }
 
-at::Tensor bytes_view(const at::Tensor& frozen, int64_t first, const at::Tensor& like) {
-  return frozen.narrow(0, first, like.nbytes()).view(like.scalar_type()).view(like.sizes());
-}
-
 template <typename T>
 at::Tensor freeze_direction(const at::Tensor* weights, const WeightCount& count, bool has_bias, WeightKind kind) {
   const at::ScalarType type = c10::CppTypeToScalarType<T>::value;
@@ -101,9 +103,9 @@ at::Tensor freeze_direction(const at::Tensor* weights, const WeightCount& count,
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
   if (weights[0].scalar_type() == at::kBFloat16 && kind == WeightKind::kOwn) kind = WeightKind::kBFloat16;
   const WeightKind kept = cpu::kept_kind(shape, kind);
-  const cpu::FrozenPlan plan = kernels.plan_frozen(shape, {kernels.lanes, 1, kernels.engine},
-                                                   bf16_parts_for(weights[0].scalar_type()), kept, sizeof(Header));
-  const at::Tensor frozen = at::empty({plan.bytes}, at::kByte);
+  const cpu::FrozenPlan plan =
+      kernels.plan_frozen(shape, {kernels.lanes, 1, kernels.engine}, bf16_parts_for(weights[0].scalar_type()), kept);
+  const at::Tensor frozen = at::empty({kWeightsAt + plan.bytes}, at::kByte);
   char* const data = static_cast<char*>(frozen.mutable_data_ptr());
   advise_huge_pages(data, frozen.nbytes());
   Header& header = *new (data) Header{};
@@ -114,7 +116,7 @@ at::Tensor freeze_direction(const at::Tensor* weights, const WeightCount& count,
   header.input_size = shape.input_size;
   header.hidden_size = H;
   header.output_size = shape.output_size;
-  header.bytes = plan.bytes;
+  header.bytes = frozen.numel();
   header.float64 = std::is_same_v<T, double>;
   header.projected = count.projected;
   header.rounded_to = kind;
@@ -124,20 +126,22 @@ at::Tensor freeze_direction(const at::Tensor* weights, const WeightCount& count,
   // The weights that the layer computes with.
   std::vector<at::Tensor> used;
   for (int64_t i = 0; i < count.per_direction; ++i) used.push_back(weights[i].detach().to(type).contiguous());
-  const cpu::FrozenPlan::Gates* const places[] = {&plan.input, &plan.recurrent};
+  Rounded rounded[2];
   for (int i = 0; i < 2; ++i) {
     if (kind == WeightKind::kInt8) {
-      const Rounded rounded = rounded_to_int8(used[i], type);
-      if (kept == kind) bytes_view(frozen, places[i]->factors, rounded.factors).copy_(rounded.factors);
-      used[i] = widened(rounded);
+      rounded[i] = rounded_to_int8(used[i], type);
+      used[i] = widened(rounded[i]);
     } else if (kind == WeightKind::kBFloat16) {
       used[i] = used[i].to(at::kBFloat16).to(type);
     }
   }
   const auto data_of = [&](int64_t i) { return used[i].const_data_ptr<T>(); };
-  kernels.freeze({data_of(0), data_of(1), has_bias ? data_of(2) : nullptr, has_bias ? data_of(3) : nullptr,
-                  count.projected ? data_of(count.per_direction - 1) : nullptr},
-                 shape, plan, data);
+  const LayerWeights<T> all{data_of(0), data_of(1), has_bias ? data_of(2) : nullptr, has_bias ? data_of(3) : nullptr,
+                            count.projected ? data_of(count.per_direction - 1) : nullptr};
+  const auto factors_of = [&](int i) -> const void* {
+    return kind == WeightKind::kInt8 ? rounded[i].factors.const_data_ptr() : nullptr;
+  };
+  cpu::freeze(kernels, all, {factors_of(0), factors_of(1)}, shape, plan, data + kWeightsAt);
   return frozen;
 }
 
@@ -215,7 +219,9 @@ std::vector<at::Tensor> thawed(const std::vector<at::Tensor>& frozen, const std:
 
 template <typename T>
 FrozenWeights<T> frozen_weights(const at::Tensor& frozen) {
-  return cpu::frozen_weights<T>(header_of(frozen).plan, static_cast<const char*>(frozen.const_data_ptr()));
+  const Header& header = header_of(frozen);
+  cpu::Arena arena{const_cast<char*>(static_cast<const char*>(frozen.const_data_ptr())) + kWeightsAt};
+  return cpu::place_frozen<T>(arena, shape_of(header), header.plan, cpu::kernels<T>().lanes);
 }
 
 template FrozenWeights<float> frozen_weights(const at::Tensor&);

@@ -11,10 +11,10 @@
 
 namespace lstm_ext {
 
-// Returns for each direction a tensor of bytes, packed for the instruction set in use: a header, then the places of a
-// FrozenPlan. `weights` are those of a LayerCall, of one dtype, on the CPU. `kind`: kOwn keeps their numbers; kBFloat16
-// rounds weight_ih and weight_hh to bfloat16, and kInt8 to 255 multiples of a factor for each row, its largest number /
-// 127.
+// Returns for each direction a tensor of bytes, packed for the instruction set in use: a header, then the weights as
+// place_frozen lays them out. `weights` are those of a LayerCall, of one dtype, on the CPU. `kind`: kOwn keeps their
+// numbers; kBFloat16 rounds weight_ih and weight_hh to bfloat16, and kInt8 to 255 multiples of a factor for each row,
+// its largest number / 127.
 LSTM_EXT_PUBLIC std::vector<at::Tensor> freeze_weights(const std::vector<at::Tensor>& weights, bool has_bias,
                                                        bool bidirectional, WeightKind kind);
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 import lstm_ext
 
-# The header of csrc/torch/frozen.cpp: mark, instruction set, sizes and length, then flags, then the plan of the places.
-HEADER, LENGTH_AT, PLAN_LENGTH_AT = 176, 56, 168
+# The header of csrc/torch/frozen.cpp: mark, instruction set, sizes and length, then flags, then the plan of the weights
+# and their length. They begin at FIRST.
+HEADER, LENGTH_AT, PLAN_LENGTH_AT, FIRST = 96, 56, 88, 128
 SET_AT, ROUNDED_AT, CHECKSUM_AT, PLAN_AT = 8, 72, 76, 80
 KINDS: dict[str, tuple[dict[str, Any], torch.dtype | None]] = {
     "float32": ({}, None),
@@ -54,8 +55,8 @@ def changed(good: Tensor, rng: random.Random) -> Tensor:
     else:
         del data[rng.randrange(len(data)) :]
         if kind == "cut and said so" and len(data) >= HEADER:
-            for at in (LENGTH_AT, PLAN_LENGTH_AT):
-                struct.pack_into("<q", data, at, len(data))
+            struct.pack_into("<q", data, LENGTH_AT, len(data))
+            struct.pack_into("<q", data, PLAN_LENGTH_AT, len(data) - FIRST)
     return before_a_forbidden_page(bytes(data))
 
 
@@ -90,8 +91,8 @@ def check(kind: str, cases: int, seed: int) -> None:
     good, call = frozen_layer(kind)
     for tensor in good:
         header = tensor[:HEADER].numpy().tobytes()
-        for at in (LENGTH_AT, PLAN_LENGTH_AT):
-            assert struct.unpack_from("<q", header, at) == (tensor.numel(),)
+        assert struct.unpack_from("<q", header, LENGTH_AT) == (tensor.numel(),)
+        assert struct.unpack_from("<q", header, PLAN_LENGTH_AT) == (tensor.numel() - FIRST,)
     inputs = [torch.randn(steps, B, I, dtype=KINDS[kind][0].get("dtype")) for steps in (1, T, 40)]
     expected = [call(x, good) for x in inputs]
     refused = 0
@@ -161,7 +162,7 @@ FORGED = {
     "a name without end": ("float32", {SET_AT: b"x" * 24}),
     "four bf16 parts": ("float32", {PLAN_AT: INT32[4], **ELSEWHERE}),
     "minus one bf16 part": ("float32", {PLAN_AT: b"\xff" * 4, **ELSEWHERE}),
-    "another place": ("float32", {PLAN_AT + 8: INT32[4]}),
+    "another length": ("float32", {PLAN_LENGTH_AT: INT32[4]}),
 }
 
 
@@ -187,7 +188,7 @@ def test_a_damaged_file_of_an_exported_model():
     )
     if packed is None:
         packed = next(value for name, value in program.state_dict.items() if "packed" in name)
-    packed[HEADER - 16 : HEADER - 8] = 255  # the place of the biases
+    packed[HEADER - 8 : HEADER] = 255  # the length of the weights
     file = io.BytesIO()
     torch.export.save(program, file)
     loaded = torch.export.load(io.BytesIO(file.getvalue())).module()

@@ -493,15 +493,14 @@ bool check_frozen(const Case& c, WeightKind kind) {
   ForwardParams<float>& params = layer.forward[0];
   const cpu::Kernels<float>& kernels = cpu::kernels<float>();
   const cpu::Machine machine{kernels.lanes, 1, kernels.engine};
-  const cpu::FrozenPlan plan = kernels.plan_frozen(params.shape, machine, 3, kind, 64);
+  const cpu::FrozenPlan plan = kernels.plan_frozen(params.shape, machine, 3, kind);
   std::vector<Line> memory(plan.bytes / 64 + 1);
-  char* const data = memory[0].bytes;
-  const auto round_rows = [&](Numbers<float>& weight, int64_t count, int64_t factors) {
+  std::vector<float> factors_w(4 * c.hidden), factors_u(4 * c.hidden);
+  const auto round_rows = [&](Numbers<float>& weight, int64_t count, std::vector<float>& factors) {
     for (int64_t row = 0; row < 4 * c.hidden && kind != WeightKind::kOwn; ++row) {
       float most = 0;
       for (int64_t k = 0; k < count; ++k) most = std::max(most, std::fabs(weight[row * count + k]));
-      const float factor = most / 127;
-      if (kind == WeightKind::kInt8) std::memcpy(data + factors + row * sizeof(float), &factor, sizeof(factor));
+      const float factor = factors[row] = most / 127;
       for (int64_t k = 0; k < count; ++k) {
         float& number = weight[row * count + k];
         uint32_t bits;
@@ -512,12 +511,12 @@ bool check_frozen(const Case& c, WeightKind kind) {
       }
     }
   };
-  round_rows(d.w, c.inputs, plan.input.factors);
-  round_rows(d.u, c.hidden, plan.recurrent.factors);
+  round_rows(d.w, c.inputs, factors_w);
+  round_rows(d.u, c.hidden, factors_u);
   double nearest = 1;
   const auto expected = plain_loop(layer, nearest);
-  kernels.freeze(params.weights, params.shape, plan, data);
-  const FrozenWeights<float> frozen = cpu::frozen_weights<float>(plan, data);
+  const FrozenWeights<float> frozen = cpu::freeze(kernels, params.weights, {factors_w.data(), factors_u.data()},
+                                                  params.shape, plan, memory[0].bytes);
   params.frozen = &frozen, params.weights = {};
   Grids grids;
   layer.compute(1, grids);
