@@ -18,50 +18,19 @@ namespace {
 
 // Converts a tensor to the type of the kernels, for use within the call.
 at::Tensor converted(const at::Tensor& tensor, at::ScalarType type) {
-  const at::Tensor t = is_materialized(tensor) ? tensor : materialized(tensor);
-  if (t.scalar_type() == type) return t;
+  const at::Tensor t = materialized(tensor);
+  if (!t.defined() || t.scalar_type() == type) return t;
   return scratch_empty(t.sizes(), t.options().dtype(type)).copy_(t);
 }
 at::Tensor contiguous_converted(const at::Tensor& t, at::ScalarType type) {
   return t.defined() ? converted(t, type).contiguous() : t;
 }
-// `keep_narrow`: W and U keep their own type.
-std::vector<at::Tensor> converted_weights(const std::vector<at::Tensor>& weights, at::ScalarType type,
-                                          int64_t per_direction = 0, bool keep_narrow = false) {
-  std::vector<at::Tensor> result;
-  result.reserve(weights.size());
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const bool keep = keep_narrow && static_cast<int64_t>(i) % per_direction < 2;
-    result.push_back(contiguous_converted(weights[i], keep ? weights[i].scalar_type() : type));
-  }
-  return result;
-}
-
-// A sequence with a contiguous innermost axis, as the kernels require.
-at::Tensor with_contiguous_rows(const at::Tensor& tensor, at::ScalarType type) {
-  const at::Tensor t = converted(tensor, type);
-  const bool rows_contiguous = t.size(-1) == 1 || t.stride(-1) == 1;
-  return rows_contiguous ? t : t.contiguous();
-}
 
 // The columns from `first` on of a (T, B, n) or, if packed, (N, n) tensor.
 template <typename T>
-Sequence<const T> const_columns_of(const at::Tensor& t, int64_t first) {
-  return {t.const_data_ptr<T>() + first, t.dim() == 3 ? t.stride(0) : 0, t.stride(-2)};
-}
-template <typename T>
 Sequence<T> columns_of(const at::Tensor& t, int64_t first) {
-  return {t.mutable_data_ptr<T>() + first, t.dim() == 3 ? t.stride(0) : 0, t.stride(-2)};
-}
-
-// The part of `direction` of a contiguous (D, ...) tensor, or null.
-template <typename T>
-T* part_or_null(const at::Tensor& t, int64_t direction) {
-  return t.defined() ? t.mutable_data_ptr<T>() + direction * (t.numel() / t.size(0)) : nullptr;
-}
-template <typename T>
-const T* const_part_or_null(const at::Tensor& t, int64_t direction) {
-  return t.defined() ? t.const_data_ptr<T>() + direction * (t.numel() / t.size(0)) : nullptr;
+  if (!t.defined()) return {nullptr, 0, 0};
+  return {row_pointer<T>(t) + first, t.dim() == 3 ? t.stride(0) : 0, t.stride(-2)};
 }
 
 WeightKind kind_of(at::ScalarType dtype) {
@@ -69,98 +38,76 @@ WeightKind kind_of(at::ScalarType dtype) {
   return dtype == at::kHalf ? WeightKind::kFloat16 : WeightKind::kOwn;
 }
 
+// `call` as kernel_call returns it, here and below.
 template <typename T>
-LayerWeights<T> weights_of(const std::vector<at::Tensor>& weights, const LayerSizes& sizes, bool has_bias,
-                           int64_t direction) {
-  const at::Tensor* w = weights.data() + direction * sizes.weights_per_direction;
-  LayerWeights<T> result{nullptr,
-                         nullptr,
-                         has_bias ? w[2].const_data_ptr<T>() : nullptr,
-                         has_bias ? w[3].const_data_ptr<T>() : nullptr,
-                         sizes.projected ? w[sizes.weights_per_direction - 1].const_data_ptr<T>() : nullptr,
-                         {}};
+LayerWeights<T> weights_of(const LayerCall& call, const LayerSizes& sizes, int64_t direction) {
+  if (call.weights.empty()) return {};
+  const at::Tensor* w = call.weights.data() + direction * sizes.weights_per_direction;
   const WeightKind kind = kind_of(w[0].scalar_type());
-  if (kind == WeightKind::kOwn) {
-    result.weight_ih = w[0].const_data_ptr<T>();
-    result.weight_hh = w[1].const_data_ptr<T>();
-  } else {
-    result.narrow = {w[0].const_data_ptr(), w[1].const_data_ptr(), kind};
-  }
-  return result;
+  const auto data = [&](bool there, int64_t i) { return there ? w[i].const_data_ptr<T>() : nullptr; };
+  const bool own = kind == WeightKind::kOwn;
+  LayerWeights<T> weights{data(own, 0), data(own, 1), data(call.has_bias, 2), data(call.has_bias, 3),
+                          data(sizes.projected, sizes.weights_per_direction - 1)};
+  if (!own) weights.narrow = {w[0].const_data_ptr(), w[1].const_data_ptr(), kind};
+  return weights;
 }
 
-const uint8_t* flags_or_null(const at::Tensor& t, int64_t direction) {
-  return reinterpret_cast<const uint8_t*>(const_part_or_null<bool>(t, direction));
-}
-
-// `given`: those of LayerTensors.
 template <typename T>
-StepOptions<T> step_options(const LayerOptions& given, const LayerSizes& sizes, int64_t direction) {
+StepOptions<T> step_options(const LayerCall& call, const LayerSizes& sizes, int64_t direction) {
+  const LayerOptions& given = call.options;
   StepOptions<T> options{};
-  options.recurrent_mask = const_part_or_null<T>(given.recurrent_mask, direction);
-  options.zoneout_h = {flags_or_null(given.keep_h, direction), static_cast<T>(given.zoneout_h)};
-  options.zoneout_c = {flags_or_null(given.keep_c, direction), static_cast<T>(given.zoneout_c)};
+  options.recurrent_mask = row_pointer<const T>(given.recurrent_mask, direction);
+  options.zoneout_h = {flag_pointer(given.keep_h, direction), static_cast<T>(given.zoneout_h)};
+  options.zoneout_c = {flag_pointer(given.keep_c, direction), static_cast<T>(given.zoneout_c)};
   options.cell = cell_options<T>(given, direction, !given.recompute);
-  if (!given.norm.empty()) {
-    const size_t count = given.norm.size() / sizes.directions;
-    const at::Tensor* norm = given.norm.data() + direction * count;
-    const auto data = [&](size_t i) { return norm[i].const_data_ptr<T>(); };
-    options.norm = {data(0), data(1), data(2), count == 4 ? data(3) : nullptr};
-  }
+  if (!given.norm.empty()) options.norm = layer_norm<T>(sizes.parameters(call, direction));
   return options;
 }
 
-// Frozen weights, if the kernels can read them, or none. The next function returns the weights that they read
-// otherwise.
-std::vector<at::Tensor> ready_weights(const LayerCall& call) {
-  const std::vector<at::Tensor>& frozen = call.options.frozen;
-  return !frozen.empty() && is_ready(frozen) ? frozen : std::vector<at::Tensor>();
-}
-std::vector<at::Tensor> weights_to_read(const LayerCall& call) {
-  const std::vector<at::Tensor>& frozen = call.options.frozen;
-  return frozen.empty() ? call.weights : thawed(frozen, call.weights);
-}
-
-// The tensors of a call in the kernels' type and with contiguous rows. `keep_narrow`: except W and U.
-struct LayerTensors {
-  LayerTensors(const LayerCall& call, const LayerSizes& sizes, bool keep_narrow)
-      : input(with_contiguous_rows(call.input, sizes.sum_type)),
-        h0(contiguous_converted(call.h0, sizes.sum_type)),
-        c0(contiguous_converted(call.c0, sizes.sum_type)),
-        frozen(ready_weights(call)),
-        options(call.options),
-        bf16_parts(bf16_parts_for(call.input.scalar_type())) {
-    visit_options<~kWeights>(options, Overloaded{[&](const char*, at::Tensor& t) {
-                                                   const bool flags = t.defined() && t.scalar_type() == at::kBool;
-                                                   t = contiguous_converted(t, flags ? at::kBool : sizes.sum_type);
-                                                 },
-                                                 [&](const char*, std::vector<at::Tensor>& parameters) {
-                                                   parameters = converted_weights(parameters, sizes.sum_type);
-                                                 },
-                                                 [](const char*, const auto&) {}});
-    if (!frozen.empty()) return;
-    weights = converted_weights(weights_to_read(call), sizes.sum_type, sizes.weights_per_direction, keep_narrow);
+// The call in the kernels' types. It has either frozen weights that the kernels can read, or weights, of which W and U
+// may have 16 bits.
+LayerCall kernel_call(LayerCall call, const LayerSizes& sizes) {
+  const std::vector<at::Tensor> frozen = call.options.frozen;
+  if (!frozen.empty() && is_ready(frozen)) {
+    call.weights.clear();
+  } else if (!frozen.empty()) {
+    call.weights = thawed(frozen, call.weights);
+    call.options.frozen.clear();
   }
+  const auto type_of = [&](const at::Tensor& t, bool is_weight) {
+    const bool keeps = t.scalar_type() == at::kBool || (is_weight && frozen.empty());
+    return keeps ? t.scalar_type() : sizes.sum_type;
+  };
+  return readable(std::move(call), sizes, type_of, &converted);
+}
 
-  template <typename T>
-  LayerParams<T> params(const LayerSizes& sizes, bool has_bias, int64_t direction) const {
-    return {sizes.shape(direction, options.resets),
-            frozen.empty() ? weights_of<T>(weights, sizes, has_bias, direction) : LayerWeights<T>{},
-            const_columns_of<T>(input, 0),
-            const_part_or_null<T>(h0, direction),
-            const_part_or_null<T>(c0, direction),
-            {const_part_or_null<T>(options.reset_h, direction), const_part_or_null<T>(options.reset_c, direction)},
-            step_options<T>(options, sizes, direction),
-            bf16_parts,
-            nullptr};
-  }
+template <typename T>
+LayerParams<T> layer_params(const LayerCall& call, const LayerSizes& sizes, int64_t direction, int bf16_parts) {
+  const LayerOptions& options = call.options;
+  return {sizes.shape(direction, options.resets),
+          weights_of<T>(call, sizes, direction),
+          columns_of<const T>(call.input, 0),
+          row_pointer<const T>(call.h0, direction),
+          row_pointer<const T>(call.c0, direction),
+          {row_pointer<const T>(options.reset_h, direction), row_pointer<const T>(options.reset_c, direction)},
+          step_options<T>(call, sizes, direction),
+          bf16_parts,
+          nullptr};
+}
 
-  at::Tensor input, h0, c0;
-  std::vector<at::Tensor> frozen;   // for each direction, or empty
-  std::vector<at::Tensor> weights;  // empty if they are frozen
-  LayerOptions options;
-  const int bf16_parts;
-};
+// Points at what a forward pass saves for direction d.
+template <typename Params>
+void set_saved(Params& p, const Saved& saved, const LayerSizes& sizes, int64_t d) {
+  const auto row = [](const at::Tensor& t, int64_t number) {
+    return row_pointer<std::remove_pointer_t<decltype(p.cells)>>(t, number);
+  };
+  p.gate_values = row(saved.gates, d);
+  p.cells = row(saved.cells, d);
+  p.hidden = row(saved.hidden, d);
+  p.norm_input = row(saved.norm_products, d);
+  p.norm_recurrent = row(saved.norm_products, sizes.directions + d);
+  p.norm_factors = row(saved.norm_factors, d);
+}
 
 // An uninitialised tensor that is soon written completely. Fresh memory of many megabytes costs a page fault per 4 KiB,
 // which is several percent of a training step; huge pages avoid most of it.
@@ -240,27 +187,23 @@ LayerResults cpu_forward(const LayerCall& call, const LayerSizes& sizes, bool sa
   };
   if (sizes.batch == 0) return results();
 
-  const LayerTensors tensors(call, sizes, call.options.frozen.empty());
+  const LayerCall read = kernel_call(call, sizes);
+  const int bf16_parts = bf16_parts_for(input.scalar_type());
   AT_DISPATCH_FLOATING_TYPES(type, "lstm_layer_forward", [&] {
     const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
     OfDirections<ForwardParams<scalar_t>> params(sizes.directions);
-    OfDirections<FrozenWeights<scalar_t>> frozen(tensors.frozen.size());
+    OfDirections<FrozenWeights<scalar_t>> frozen(read.options.frozen.size());
     for (int64_t d = 0; d < sizes.directions; ++d) {
       ForwardParams<scalar_t>& p = params[d];
-      static_cast<LayerParams<scalar_t>&>(p) = tensors.params<scalar_t>(sizes, call.has_bias, d);
-      if (!tensors.frozen.empty()) {
-        frozen[d] = frozen_weights<scalar_t>(tensors.frozen[d]);
+      static_cast<LayerParams<scalar_t>&>(p) = layer_params<scalar_t>(read, sizes, d, bf16_parts);
+      if (!frozen.empty()) {
+        frozen[d] = frozen_weights<scalar_t>(read.options.frozen[d]);
         p.frozen = &frozen[d];
       }
       p.output = columns_of<scalar_t>(output, d * sizes.output_size);
-      p.h_n = part_or_null<scalar_t>(h_n, d);
-      p.c_n = part_or_null<scalar_t>(c_n, d);
-      p.gate_values = part_or_null<scalar_t>(saved.gates, d);
-      p.cells = part_or_null<scalar_t>(saved.cells, d);
-      p.hidden = part_or_null<scalar_t>(saved.hidden, d);
-      p.norm_input = part_or_null<scalar_t>(saved.norm_products, d);
-      p.norm_recurrent = part_or_null<scalar_t>(saved.norm_products, sizes.directions + d);
-      p.norm_factors = part_or_null<scalar_t>(saved.norm_factors, d);
+      p.h_n = row_pointer<scalar_t>(h_n, d);
+      p.c_n = row_pointer<scalar_t>(c_n, d);
+      set_saved(p, saved, sizes, d);
     }
     run_directions(params, kernels, kernels.plan_forward, kernels.forward, options, !call.options.norm.empty());
   });
@@ -270,36 +213,30 @@ LayerResults cpu_forward(const LayerCall& call, const LayerSizes& sizes, bool sa
 // Points at the gradients that direction d writes, if they are requested.
 template <typename T>
 void set_gradients(BackwardParams<T>& p, const LayerGradients& grads, const LayerSizes& sizes, int64_t d) {
-  if (grads.input.defined()) p.grad_input = columns_of<T>(grads.input, 0);
+  p.grad_input = columns_of<T>(grads.input, 0);
   p.accumulate_grad_input = d > 0;
-  p.grad_h0 = part_or_null<T>(grads.h0, d);
-  p.grad_reset_h = part_or_null<T>(grads.options.reset_h, d);
-  p.grad_reset_c = part_or_null<T>(grads.options.reset_c, d);
-  const auto numbers_or_null = [](const at::Tensor& grad) {
-    return grad.defined() ? grad.mutable_data_ptr() : nullptr;
-  };
-  const auto data_or_null = [](const at::Tensor& grad) {
-    return grad.defined() ? grad.mutable_data_ptr<T>() : nullptr;
-  };
+  p.grad_h0 = row_pointer<T>(grads.h0, d);
+  p.grad_reset_h = row_pointer<T>(grads.options.reset_h, d);
+  p.grad_reset_c = row_pointer<T>(grads.options.reset_c, d);
   const DirectionParameters own = sizes.parameters(grads, d);
-  p.grad_weight_ih = numbers_or_null(own.weight_ih);
-  p.grad_weight_hh = numbers_or_null(own.weight_hh);
-  p.grad_bias = data_or_null(own.bias());
-  p.grad_weight_hr = data_or_null(own.weight_hr);
-  p.grad_gain_ih = data_or_null(own.gain_ih);
-  p.grad_gain_hh = data_or_null(own.gain_hh);
-  p.grad_gain_c = data_or_null(own.gain_c);
-  p.grad_bias_c = data_or_null(own.bias_c);
-  for (int n = 0; n < cell::kParameters; ++n) p.grad_cell[n] = data_or_null(own.cell[n]);
+  p.grad_weight_ih = row_pointer<char>(own.weight_ih);
+  p.grad_weight_hh = row_pointer<char>(own.weight_hh);
+  p.grad_bias = row_pointer<T>(own.bias());
+  p.grad_weight_hr = row_pointer<T>(own.weight_hr);
+  p.grad_gain_ih = row_pointer<T>(own.gain_ih);
+  p.grad_gain_hh = row_pointer<T>(own.gain_hh);
+  p.grad_gain_c = row_pointer<T>(own.gain_c);
+  p.grad_bias_c = row_pointer<T>(own.bias_c);
+  for (int n = 0; n < cell::kParameters; ++n) p.grad_cell[n] = row_pointer<T>(own.cell[n]);
 }
 
 LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, const BackwardArguments& arguments) {
   if (call.options.lengths.defined()) return backward_with_lengths(call, sizes, arguments);
   const at::ScalarType dtype = call.input.scalar_type(), type = sizes.sum_type;
   const auto options = call.input.options().dtype(type);
+  const int bf16_parts = bf16_parts_for(dtype);
   // No copy is made if the kernels round the gradients of W and U themselves.
-  const bool narrow =
-      type != dtype && cpu::kernels<float>().sums_gradients_once(sizes.shape(0, {}), bf16_parts_for(dtype));
+  const bool narrow = type != dtype && cpu::kernels<float>().sums_gradients_once(sizes.shape(0, {}), bf16_parts);
   const auto empty_result = type == dtype ? &empty_in_huge_pages : &scratch_empty;
   const LayerGradients grads = make_gradients(call, arguments.needs_grad, [&](const at::Tensor& input, size_t number) {
     const size_t weight = number - 3;  // wraps around, and so is too large, for input, h0 and c0
@@ -317,35 +254,29 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
     return grads;
   }
 
-  const LayerTensors tensors(call, sizes, true);
-  const at::Tensor y = with_contiguous_rows(arguments.output, type);
+  const LayerCall read = kernel_call(call, sizes);
+  const at::Tensor y = with_contiguous_rows(converted(arguments.output, type));
   const ResultGradients& given = arguments.grads;
-  const at::Tensor dy = given.output.defined() ? with_contiguous_rows(given.output, type) : at::Tensor();
+  const at::Tensor dy = with_contiguous_rows(converted(given.output, type));
   const at::Tensor dh = contiguous_converted(given.h_n, type);
   const at::Tensor dc = contiguous_converted(given.c_n, type);
   const at::Tensor grad_gates = contiguous_converted(given.gate_values, type);
   const at::Tensor grad_cells = contiguous_converted(given.cells, type);
-  const Saved& saved = arguments.saved;
 
   AT_DISPATCH_FLOATING_TYPES(type, "lstm_layer_backward", [&] {
     const cpu::Kernels<scalar_t>& kernels = cpu::kernels<scalar_t>();
     OfDirections<BackwardParams<scalar_t>> params(sizes.directions);
     for (int64_t d = 0; d < sizes.directions; ++d) {
       BackwardParams<scalar_t>& p = params[d];
-      static_cast<LayerParams<scalar_t>&>(p) = tensors.params<scalar_t>(sizes, call.has_bias, d);
-      p.output = const_columns_of<scalar_t>(y, d * sizes.output_size);
-      p.gate_values = const_part_or_null<scalar_t>(saved.gates, d);
-      p.cells = const_part_or_null<scalar_t>(saved.cells, d);
-      p.hidden = const_part_or_null<scalar_t>(saved.hidden, d);
-      p.norm_input = const_part_or_null<scalar_t>(saved.norm_products, d);
-      p.norm_recurrent = const_part_or_null<scalar_t>(saved.norm_products, sizes.directions + d);
-      p.norm_factors = const_part_or_null<scalar_t>(saved.norm_factors, d);
-      if (dy.defined()) p.grad_output = const_columns_of<scalar_t>(dy, d * sizes.output_size);
-      p.grad_cells = const_part_or_null<scalar_t>(grad_cells, d);
-      p.grad_gate_values = const_part_or_null<scalar_t>(grad_gates, d);
-      p.grad_h_n = const_part_or_null<scalar_t>(dh, d);
-      p.grad_c_n = const_part_or_null<scalar_t>(dc, d);
-      p.grad_c = part_or_null<scalar_t>(grad_c, d);
+      static_cast<LayerParams<scalar_t>&>(p) = layer_params<scalar_t>(read, sizes, d, bf16_parts);
+      p.output = columns_of<const scalar_t>(y, d * sizes.output_size);
+      set_saved(p, arguments.saved, sizes, d);
+      p.grad_output = columns_of<const scalar_t>(dy, d * sizes.output_size);
+      p.grad_cells = row_pointer<const scalar_t>(grad_cells, d);
+      p.grad_gate_values = row_pointer<const scalar_t>(grad_gates, d);
+      p.grad_h_n = row_pointer<const scalar_t>(dh, d);
+      p.grad_c_n = row_pointer<const scalar_t>(dc, d);
+      p.grad_c = row_pointer<scalar_t>(grad_c, d);
       set_gradients(p, grads, sizes, d);
       if (narrow) p.kind_of_weight_grads = kind_of(dtype);
     }

@@ -14,7 +14,7 @@ class ChunkGradients : protected Stepwise {
       // float16 has no more digits than TF32, so TF32 products lose nothing of such an operand. The gradients of the
       // preactivations are float32 there, and keep the digits that float16 would lose.
       : Stepwise(call, sizes, &args, device, device.tf32 || call.input.scalar_type() == at::kHalf),
-        output_(with_contiguous_rows(args.output)),
+        output_(with_contiguous_rows(materialized(args.output))),
         saved_(args.saved),
         grads_(make_gradients(call_, args.needs_grad, [&](const at::Tensor& input, size_t number) {
           // Those of the states and the first one of the input are written, not added.
@@ -78,7 +78,7 @@ class ChunkGradients : protected Stepwise {
       using D = typename cuda::Types<T>::Gradient;
       const int64_t columns = recurrent_part.size(1);
       const at::Tensor partial = partial_sums(rows, columns);
-      const cuda::ColumnSums<T> sums{rows, columns, const_row_pointer<D>(recurrent_part), row_pointer<A>(partial),
+      const cuda::ColumnSums<T> sums{rows, columns, row_pointer<const D>(recurrent_part), row_pointer<A>(partial),
                                      row_pointer<A>(g.bias())};
       check(cuda::column_sums(sums, device_.stream), "column_sums");
     }
@@ -108,8 +108,8 @@ class ChunkGradients : protected Stepwise {
     const at::Tensor partial = partial_sums(rows, values.size(1));
     const cuda::ProductSums<T> sums{rows,
                                     values.size(1),
-                                    const_row_pointer<A>(values),
-                                    const_row_pointer<T>(factors),
+                                    row_pointer<const A>(values),
+                                    row_pointer<const T>(factors),
                                     row_pointer<A>(partial),
                                     row_pointer<A>(sum)};
     check(cuda::product_sums(sums, device_.stream), "product_sums");
@@ -166,16 +166,16 @@ class ChunkGradients : protected Stepwise {
       cuda::PreviousOutputs<T> args{};
       args.output_size = P;
       args.previous_stride = h.stride(0);
-      args.h0 = const_row_pointer<T>(layer.h0);
-      args.reset_h = const_row_pointer<T>(layer.reset_h);
-      args.lengths = const_row_pointer<int64_t>(options_.lengths);
-      args.recurrent_mask = const_row_pointer<A>(layer.recurrent_mask);
+      args.h0 = row_pointer<const T>(layer.h0);
+      args.reset_h = row_pointer<const T>(layer.reset_h);
+      args.lengths = row_pointer<const int64_t>(options_.lengths);
+      args.recurrent_mask = row_pointer<const A>(layer.recurrent_mask);
       args.reverse = layer.shape.reverse;
       for (; n < chunk.end && args.count < args.kSteps; ++n) {
         const Step step = step_at(steps, n);
         args.steps[args.count++] = {step.rows,
                                     step.previous_rows,
-                                    const_row_pointer<T>(h, previous_offset(steps, n)),
+                                    row_pointer<const T>(h, previous_offset(steps, n)),
                                     row_pointer<D>(result, step.offset - first),
                                     steps.resets_before(step.time),
                                     step.time};

@@ -16,7 +16,7 @@ template <typename T>
 StepData<T> step_data(const at::Tensor& sequence, const Step& step) {
   if (!sequence.defined()) return {nullptr, 0};
   const int64_t first = sequence.dim() == 3 ? step.time : step.offset;
-  return {const_row_pointer<T>(sequence, first), sequence.stride(-2)};
+  return {row_pointer<const T>(sequence, first), sequence.stride(-2)};
 }
 
 class StepwiseBackward : ChunkGradients {
@@ -24,7 +24,7 @@ class StepwiseBackward : ChunkGradients {
   StepwiseBackward(const LayerCall& call, const LayerSizes& sizes, const BackwardArguments& args,
                    const StepwiseDevice& device)
       : ChunkGradients(call, sizes, args, device),
-        grad_output_(args.grads.output.defined() ? with_contiguous_rows(args.grads.output) : at::Tensor()),
+        grad_output_(with_contiguous_rows(materialized(args.grads.output))),
         grad_h_n_(contiguous_or_undefined(args.grads.h_n, dtype_)),
         grad_c_n_(contiguous_or_undefined(args.grads.c_n, dtype_)),
         grad_gate_values_(contiguous_or_undefined(args.grads.gate_values, sizes.gates_type)),
@@ -261,10 +261,10 @@ class StepwiseBackward : ChunkGradients {
     if (options_.resets.defined()) args.resets = side.layer.shape.resets + side.steps.rows_before(chunk.begin);
     args.grad_output_by_time = side.grad_output.defined() && side.grad_output.dim() == 3;
     if (args.grad_output_by_time) {
-      args.cell.output.grad_output = const_row_pointer<T>(side.grad_output);
+      args.cell.output.grad_output = row_pointer<const T>(side.grad_output);
       args.grad_output_time_stride = side.grad_output.stride(0);
     }
-    args.weight = const_row_pointer<D>(side.step_weight);
+    args.weight = row_pointer<const D>(side.step_weight);
     args.weight_stride = side.step_weight.stride(0);
     return args;
   }
@@ -283,7 +283,7 @@ class StepwiseBackward : ChunkGradients {
       const cuda::CellBackward<T> cell = cell_of<T>(side, n);
       const bool multiplies = step.previous_rows > 0;
       if (multiplies && fused_) {
-        fused.add({cell, const_row_pointer<D>(side.step_weight), side.step_weight.stride(0), step.previous_rows,
+        fused.add({cell, row_pointer<const D>(side.step_weight), side.step_weight.stride(0), step.previous_rows,
                    row_pointer<A>(side.buffers.parts[(n - 1) % 2])});
         continue;
       }
@@ -312,17 +312,17 @@ class StepwiseBackward : ChunkGradients {
     cuda::CellBackward<T> args{};
     args.rows = step_rows(side.layer, n);
     args.hidden_size = sizes_.hidden_size;
-    args.preactivations = options_.recompute ? const_row_pointer<T>(side.recomputed, row)
-                                             : const_row_pointer<T>(side.preactivations, step.offset);
-    args.cells = const_row_pointer<A>(side.cells, step.offset);
-    args.c_previous = {const_row_pointer<A>(side.cells, previous_offset(side.steps, n)),
-                       const_row_pointer<T>(side.layer.c0), const_row_pointer<T>(side.layer.reset_c)};
+    args.preactivations = options_.recompute ? row_pointer<const T>(side.recomputed, row)
+                                             : row_pointer<const T>(side.preactivations, step.offset);
+    args.cells = row_pointer<const A>(side.cells, step.offset);
+    args.c_previous = {row_pointer<const A>(side.cells, previous_offset(side.steps, n)),
+                       row_pointer<const T>(side.layer.c0), row_pointer<const T>(side.layer.reset_c)};
     args.zoneout = zoneout_c<A>(side.layer, step);
     args.options = cell_options<A>(side.d);
     args.cell_terms = row_pointer<A>(b.cell_terms, row);
-    args.grad_c_n = const_row_pointer<T>(side.grad_c_n);
-    args.grad_gate_values = const_row_pointer<T>(side.grad_gate_values, step.offset);
-    args.grad_cells = const_row_pointer<A>(side.grad_cells, step.offset);
+    args.grad_c_n = row_pointer<const T>(side.grad_c_n);
+    args.grad_gate_values = row_pointer<const T>(side.grad_gate_values, step.offset);
+    args.grad_cells = row_pointer<const A>(side.grad_cells, step.offset);
     args.grad_c = row_pointer<A>(b.grad_c);
     args.grad_recurrent_part = row_pointer<D>(b.recurrent_part, row);
     args.grad_begin_part = row_pointer<D>(b.begin_part);
@@ -330,7 +330,7 @@ class StepwiseBackward : ChunkGradients {
     args.grad_reset_c = row_pointer<A>(side.gradients.reset_c);
     args.hidden = row_pointer<T>(b.hidden, row);
     if (sizes_.projected) {
-      args.grad_hidden = const_row_pointer<A>(b.grad_hidden);
+      args.grad_hidden = row_pointer<const A>(b.grad_hidden);
     } else {
       args.output = output_of<T>(side, n);
     }
@@ -346,11 +346,11 @@ class StepwiseBackward : ChunkGradients {
     cuda::GradOutput<T> dh{};
     dh.grad_output = dy.data;
     dh.grad_output_stride = dy.stride;
-    dh.grad_h_n = const_row_pointer<T>(side.grad_h_n);
-    dh.recurrent_part = const_row_pointer<A>(fused_ ? b.parts[n % 2] : b.recurrent);
+    dh.grad_h_n = row_pointer<const T>(side.grad_h_n);
+    dh.recurrent_part = row_pointer<const A>(fused_ ? b.parts[n % 2] : b.recurrent);
     dh.recurrent_parts = fused_ ? cuda::step_parts(sizes_.hidden_size) : 1;
     dh.recurrent_part_stride = step.next_rows * sizes_.hidden_size;
-    dh.recurrent_mask = const_row_pointer<A>(side.layer.recurrent_mask);
+    dh.recurrent_mask = row_pointer<const A>(side.layer.recurrent_mask);
     dh.zoneout = zoneout_h<A>(side.layer, step);
     dh.grad_h = row_pointer<A>(b.grad_h);
     dh.grad_reset_h = row_pointer<A>(side.gradients.reset_h);
@@ -366,11 +366,11 @@ class StepwiseBackward : ChunkGradients {
     const int64_t row = row_in_chunk(side, step);
     cuda::NormCellBackward<T> args{};
     args.cell = cell;
-    args.norm = side.layer.norm<A>();
-    args.norm_input = const_row_pointer<T>(rows_of_direction(saved_.norm_products, side.d), step.offset);
+    args.norm = layer_norm<A>(side.layer);
+    args.norm_input = row_pointer<const T>(rows_of_direction(saved_.norm_products, side.d), step.offset);
     args.norm_recurrent =
-        const_row_pointer<T>(rows_of_direction(saved_.norm_products, sizes_.directions + side.d), step.offset);
-    args.norm_factors = const_row_pointer<A>(rows_of_direction(saved_.norm_factors, side.d), step.offset);
+        row_pointer<const T>(rows_of_direction(saved_.norm_products, sizes_.directions + side.d), step.offset);
+    args.norm_factors = row_pointer<const A>(rows_of_direction(saved_.norm_factors, side.d), step.offset);
     args.grad_input_part = row_pointer<D>(b.input_part, row);
     args.grad_preactivations = row_pointer<A>(b.preactivations, row);
     args.grad_tanh_input = row_pointer<A>(b.tanh_input, row);

@@ -29,21 +29,6 @@ struct Stored<at::BFloat16> {
   using type = __nv_bfloat16;
 };
 
-// Row `row` of a tensor whose rows are the first axis, or null.
-template <typename T>
-T* row_pointer(const at::Tensor& t, int64_t row = 0) {
-  return t.defined() ? static_cast<T*>(t.mutable_data_ptr()) + row * t.stride(0) : nullptr;
-}
-template <typename T>
-const T* const_row_pointer(const at::Tensor& t, int64_t row = 0) {
-  return t.defined() ? static_cast<const T*>(t.const_data_ptr()) + row * t.stride(0) : nullptr;
-}
-// The kernels read a bool as a byte.
-inline const uint8_t* flag_pointer(const at::Tensor& t, int64_t row = 0) {
-  static_assert(sizeof(bool) == sizeof(uint8_t));
-  return const_row_pointer<uint8_t>(t, row);
-}
-
 inline at::Tensor part_of(const at::Tensor& t, int64_t direction) { return t.defined() ? t.select(0, direction) : t; }
 
 inline at::Tensor transposed(const at::Tensor& t) { return t.defined() ? t.t() : t; }
@@ -59,11 +44,6 @@ inline at::Tensor zeros_if(bool there, at::IntArrayRef sizes, const at::TensorOp
 inline at::Tensor rows_between(const at::Tensor& sequence, const Steps& steps, int64_t begin, int64_t finish) {
   if (sequence.dim() == 3) return sequence.narrow(0, begin, finish - begin).flatten(0, 1);
   return sequence.narrow(0, steps.rows_before(begin), steps.rows_before(finish) - steps.rows_before(begin));
-}
-
-inline at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
-  const at::Tensor t = materialized(tensor);
-  return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous();
 }
 
 // Whether a pass needs more than torch.nn.LSTM, so that the kernel of a step needs instructions of its own. All kernels
@@ -132,11 +112,6 @@ struct Direction : DirectionInputs {
   at::Tensor recurrent_mask;  // (B, P)
   at::Tensor keep_h, keep_c;  // (all rows, P) and (all rows, H)
   bool normalised() const { return gain_c.defined(); }
-  template <typename A>
-  LayerNorm<A> norm() const {
-    return {const_row_pointer<A>(gain_ih), const_row_pointer<A>(gain_hh), const_row_pointer<A>(gain_c),
-            const_row_pointer<A>(bias_c)};
-  }
   Steps steps() const { return {shape, Steps::Pass::kForward}; }
 };
 
@@ -172,19 +147,10 @@ class Stepwise {
 
  protected:
   // The call with tensors that the kernels can read.
-  static LayerCall readable(LayerCall call, const LayerSizes& sizes) {
-    const auto make_contiguous = [](at::Tensor& t) {
-      if (t.defined()) t = contiguous_or_undefined(t, t.scalar_type());
-    };
-    call.input = with_contiguous_rows(call.input);
-    for (at::Tensor* t : {&call.h0, &call.c0}) make_contiguous(*t);
-    for (at::Tensor& t : call.weights) make_contiguous(t);
-    visit_options(call.options, Overloaded{[&](const char*, at::Tensor& t) { make_contiguous(t); },
-                                           [&](const char*, std::vector<at::Tensor>& parameters) {
-                                             parameters = contiguous_weights(parameters, sizes.sum_type);
-                                           },
-                                           [](const char*, const auto&) {}});
-    return call;
+  static LayerCall readable(const LayerCall& call, const LayerSizes& sizes) {
+    return lstm_ext::readable(
+        call, sizes, [](const at::Tensor& t, bool) { return t.scalar_type(); },
+        [](const at::Tensor& t, at::ScalarType type) { return materialized(t, type); });
   }
 
   // `call`: call_, or its gradients.
@@ -217,7 +183,7 @@ class Stepwise {
             step.next_rows,
             steps.resets_before(step.time),
             last ? ResetFlags{nullptr, 0} : steps.resets_before(steps.time(n + 1)),
-            const_row_pointer<int64_t>(options_.lengths),
+            row_pointer<const int64_t>(options_.lengths),
             step.time,
             layer.shape.reverse,
             has_options_};

@@ -40,16 +40,16 @@ struct FusedSteps {
       of_state = product(weight, aligned(h), 0, rows);
       of_state.resets = cell.rows.resets;
       const at::Tensor in_place = aligned(reset_h);
-      of_state.reset_rows = const_row_pointer<T>(in_place);
+      of_state.reset_rows = row_pointer<const T>(in_place);
       of_state.reset_stride = row_stride(in_place);
     }
     sides.add(step);
   }
 
   static cuda::StepProduct<T> product(const at::Tensor& weight, const at::Tensor& rows, int64_t first, int64_t count) {
-    return {const_row_pointer<T>(weight),
+    return {row_pointer<const T>(weight),
             weight.stride(0),
-            const_row_pointer<T>(rows, first),
+            row_pointer<const T>(rows, first),
             row_stride(rows),
             count,
             weight.size(1),
@@ -191,9 +191,9 @@ class StepwiseForward : Stepwise {
     output.h_n = row_pointer<T>(b.h_n);
     output.running_h = row_pointer<A>(b.running_h);
     output.zoneout = zoneout_h<A>(layer, step);
-    output.h0 = const_row_pointer<T>(layer.h0);
-    output.reset_h = const_row_pointer<T>(layer.reset_h);
-    output.recurrent_mask = const_row_pointer<A>(layer.recurrent_mask);
+    output.h0 = row_pointer<const T>(layer.h0);
+    output.reset_h = row_pointer<const T>(layer.reset_h);
+    output.recurrent_mask = row_pointer<const A>(layer.recurrent_mask);
     const at::Tensor& recurrent_h = b.recurrent_h[n % 2];
     output.recurrent_h = row_pointer<T>(recurrent_h);
     output.recurrent_stride = recurrent_h.defined() ? recurrent_h.stride(0) : 0;
@@ -289,14 +289,14 @@ class StepwiseForward : Stepwise {
     cuda::PersistentForward<T> args{};
     const int64_t first = side.steps.rows_before(side.chunk->begin);
     args.cell = cell_of<T>(side, side.steps.time(side.chunk->begin));
-    args.cell.input_part = const_row_pointer<A>(side.input.rows);
+    args.cell.input_part = row_pointer<const A>(side.input.rows);
     args.cell.c_previous.previous = args.cell.c =
         row_pointer<A>(side.buffers.cells, saved_.cells.defined() ? first : 0);
     args.steps = chunk_of_steps(side.steps, *side.chunk, side.layer.shape.reverse, sizes_.batch);
     if (options_.resets.defined()) args.resets = side.layer.shape.resets + first;
     args.keeps_cells = saved_.cells.defined();
     args.batch_first = side.input.batch_first;
-    args.weight = const_row_pointer<T>(side.weight);
+    args.weight = row_pointer<const T>(side.weight);
     args.weight_stride = side.weight.stride(0);
     return args;
   }
@@ -355,15 +355,15 @@ class StepwiseForward : Stepwise {
     args.rows = step_rows(layer, n);
     args.hidden_size = H;
     if (!whole_)
-      args.input_part = const_row_pointer<A>(side.input.rows, side.input.first_row(steps, *side.chunk, step));
+      args.input_part = row_pointer<const A>(side.input.rows, side.input.first_row(steps, *side.chunk, step));
     args.input_stride = side.input.stride * 4 * H;
-    args.recurrent_part = const_row_pointer<A>(b.recurrent);
-    args.begin_part = const_row_pointer<A>(b.begin_part);
-    args.reset_part = const_row_pointer<A>(b.reset_part);
-    args.bias_ih = const_row_pointer<T>(layer.bias_ih);
-    args.bias_hh = const_row_pointer<T>(layer.bias_hh);
-    args.c_previous = {const_row_pointer<A>(b.cells, save ? before : 0), const_row_pointer<T>(layer.c0),
-                       const_row_pointer<T>(layer.reset_c)};
+    args.recurrent_part = row_pointer<const A>(b.recurrent);
+    args.begin_part = row_pointer<const A>(b.begin_part);
+    args.reset_part = row_pointer<const A>(b.reset_part);
+    args.bias_ih = row_pointer<const T>(layer.bias_ih);
+    args.bias_hh = row_pointer<const T>(layer.bias_hh);
+    args.c_previous = {row_pointer<const A>(b.cells, save ? before : 0), row_pointer<const T>(layer.c0),
+                       row_pointer<const T>(layer.reset_c)};
     args.zoneout = zoneout_c<A>(layer, step);
     args.options = cell_options<A>(layer.shape.reverse);
     args.c = row_pointer<A>(b.cells, save ? step.offset : 0);
@@ -384,7 +384,7 @@ class StepwiseForward : Stepwise {
     using A = typename cuda::Types<T>::Accumulate;
     cuda::NormCellForward<T> args{};
     args.cell = cell;
-    args.norm = layer.norm<A>();
+    args.norm = layer_norm<A>(layer);
     args.norm_input = row_pointer<T>(b.norm_input, step.offset);
     args.norm_recurrent = row_pointer<T>(b.norm_recurrent, step.offset);
     args.norm_factors = row_pointer<A>(b.norm_factors, step.offset);
@@ -401,7 +401,7 @@ class StepwiseForward : Stepwise {
       const Step step = step_at(steps, n);
       if (b.projected.defined()) {
         product((*side.projection)(0, hidden_row(step), step.rows));
-        outputs.add({step_rows(layer, n), sizes_.output_size, const_row_pointer<A>(b.projected),
+        outputs.add({step_rows(layer, n), sizes_.output_size, row_pointer<const A>(b.projected),
                      new_output<T>(layer, b, step, n)});
         continue;
       }
