@@ -3,6 +3,7 @@
 #pragma once
 
 #include <exception>
+#include <list>
 
 #include "cuda/persistent.h"
 #include "torch/cuda_stepwise_common.h"
@@ -61,34 +62,43 @@ class PersistentLaunches {
   PersistentLaunches(const cuda::Plan::Persistent& plan, const StepwiseDevice& device, const at::TensorOptions& options)
       : plan_(plan), device_(device), options_(options.dtype(at::kByte)) {}
 
-  // The numbers that a row passes to the next step: `gates` rows of H, each rounded up to whole pieces.
-  static int64_t length(int64_t gates, int64_t hidden_size, at::ScalarType type) {
-    return gates * aligned_length(hidden_size, type);
-  }
-
-  // Allocates the launch's memory, with so many bytes for each side. All its bits are set, which marks empty mailboxes.
-  template <typename Pass>
-  void begin(cuda::PersistentSides<Pass>& launch, const std::vector<int64_t>& bytes) {
-    int64_t sum = kControlBytes;
-    for (const int64_t n : bytes) sum += n;
-    before_ = memory_;  // the launch still reads the earlier memory
-    memory_ = at::empty({sum}, options_);
+  // Runs all steps of the chunk of each side in one launch: args_of(side, offset) gives the arguments without their
+  // mailbox, which lies at `offset`. A row passes `gates` rows of H numbers on, each rounded up to whole pieces.
+  template <typename D, typename Pass, typename Side, typename ArgsOf>
+  void run(cudaError_t (*kernel)(const cuda::PersistentSides<Pass>&, cudaStream_t), const char* name,
+           std::list<Side>& sides, int64_t gates, int64_t hidden_size, const ArgsOf& args_of) {
+    const int64_t length = gates * aligned_length(hidden_size, sizeof(D));
+    int64_t bytes = kControlBytes;
+    for (const Side& side : sides) bytes += rows_of(side) * length * static_cast<int64_t>(sizeof(D));
+    before_ = memory_;                                   // the launch still reads the earlier memory
+    memory_ = at::empty({bytes}, options_).fill_(0xff);  // which marks empty mailboxes
+    cuda::PersistentSides<Pass> launch{};
     launch.groups = plan_.groups;
     launch.extra = plan_.extra;
-    memory_.fill_(0xff);
-    launch.control = {static_cast<uint32_t*>(memory_.mutable_data_ptr()),
-                      before_.defined() ? static_cast<const uint32_t*>(before_.const_data_ptr()) : nullptr,
-                      device_.status, device_.wait_limit};
+    launch.control = {row_pointer<uint32_t>(memory_), row_pointer<const uint32_t>(before_), device_.status,
+                      device_.wait_limit};
+    int64_t offset = kControlBytes;
+    for (Side& side : sides) {
+      Pass& args = launch.sides[launch.count++];
+      args = args_of(side, offset);
+      args.mailbox = {reinterpret_cast<D*>(row_pointer<char>(memory_, offset)), static_cast<const D*>(side.left),
+                      length};
+      side.left = args.mailbox.slots + side.row_left() * length;
+      offset += rows_of(side) * length * static_cast<int64_t>(sizeof(D));
+    }
+    const cudaError_t error = kernel(launch, device_.stream);
+    raise_if_refused(error, device_, plan_);
+    check(error, name);
   }
-  // The memory of a side, `offset` bytes behind the words of control.
-  template <typename D>
-  D* slots(int64_t offset) const {
-    return reinterpret_cast<D*>(static_cast<char*>(memory_.mutable_data_ptr()) + kControlBytes + offset);
-  }
-  // The same as a matrix.
+  // A part of the launch's memory as a matrix.
   at::Tensor matrix(int64_t offset, int64_t rows, int64_t length, at::ScalarType type) const {
     const int64_t bytes = rows * length * static_cast<int64_t>(c10::elementSize(type));
-    return memory_.narrow(0, kControlBytes + offset, bytes).view(type).view({rows, length});
+    return memory_.narrow(0, offset, bytes).view(type).view({rows, length});
+  }
+
+  template <typename Side>
+  static int64_t rows_of(const Side& side) {
+    return side.steps.rows_before(side.running().finish) - side.steps.rows_before(side.running().begin);
   }
 
  private:

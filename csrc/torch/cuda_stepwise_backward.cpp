@@ -87,7 +87,7 @@ class StepwiseBackward : ChunkGradients {
   // numbers are not rounded.
   bool mails_recurrent_part() const {
     return persistent_ && gradient_type() != at::kFloat &&
-           aligned_length(sizes_.hidden_size, gradient_type()) == sizes_.hidden_size;
+           aligned_length(sizes_.hidden_size, c10::elementSize(gradient_type())) == sizes_.hidden_size;
   }
 
   // The chunks of each direction.
@@ -133,6 +133,11 @@ class StepwiseBackward : ChunkGradients {
           grad_gate_values(pass.rows_of_direction(pass.grad_gate_values_, d)),
           grad_cells(pass.rows_of_direction(pass.grad_cells_, d)) {}
 
+    const Chunk& running() const { return chunks.back(); }
+    // The row of the chunk's mail with which the pass's next chunk begins: that of the first step.
+    int64_t row_left() const {
+      return steps.rows_before(steps.time(running().first)) - steps.rows_before(running().begin);
+    }
     int64_t longest() const {
       int64_t rows = 0;
       for (const Chunk& c : chunks) rows = std::max(rows, steps.rows_before(c.finish) - steps.rows_before(c.begin));
@@ -174,7 +179,7 @@ class StepwiseBackward : ChunkGradients {
       const bool begins = n == sides.front().chunks.back().end - 1;
       for (Running& side : sides) {
         if (options_.recompute && begins) {
-          side.recomputed = preactivations_of<T>(side.layer, side.steps, side.chunks.back(), side.d);
+          side.recomputed = preactivations_of<T>(side.layer, side.steps, side.running(), side.d);
         }
       }
       if constexpr (kHasStep<T>) {
@@ -184,8 +189,8 @@ class StepwiseBackward : ChunkGradients {
       // The first kernel may follow the one that writes step_weight, which a dependent kernel would read too early.
       if (!persistent_) run_step<T>(sides, n, dependent_ && n < last);
       for (Running& side : sides) {
-        if (n > side.chunks.back().first) continue;
-        add_chunk<T>(side.layer, side.steps, side.chunks.back(), side.d, side.buffers, side.gradients);
+        if (n > side.running().first) continue;
+        add_chunk<T>(side.layer, side.steps, side.running(), side.d, side.buffers, side.gradients);
         side.chunks.pop_back();
       }
     }
@@ -196,7 +201,7 @@ class StepwiseBackward : ChunkGradients {
 
   // The row of the chunk's buffers at which a step begins.
   static int64_t row_in_chunk(const Running& side, const Step& step) {
-    return step.offset - side.steps.rows_before(side.chunks.back().begin);
+    return step.offset - side.steps.rows_before(side.running().begin);
   }
 
   // Computes dL/d(o * tanh(c_t)) of a step.
@@ -220,39 +225,21 @@ class StepwiseBackward : ChunkGradients {
   template <typename T>
   void run_chunk(std::list<Running>& sides, PersistentLaunches& launches) const {
     using D = typename cuda::Types<T>::Gradient;
-    const int64_t length = launches.length(4, sizes_.hidden_size, gradient_type());
-    const int64_t bytes = length * static_cast<int64_t>(sizeof(D));
-    cuda::PersistentSides<cuda::PersistentBackward<T>> launch{};
-    std::vector<int64_t> memory;
-    for (const Running& side : sides) memory.push_back(rows_of(side) * bytes);
-    launches.begin(launch, memory);
-    int64_t offset = 0;
-    for (Running& side : sides) {
+    const auto args_of = [&](Running& side, int64_t offset) {
       if (mails_recurrent_part()) {
-        side.buffers.recurrent_part = launches.matrix(offset, rows_of(side), length, gradient_type());
+        side.buffers.recurrent_part =
+            launches.matrix(offset, launches.rows_of(side), 4 * sizes_.hidden_size, gradient_type());
       }
-      cuda::PersistentBackward<T>& args = launch.sides[launch.count];
-      args = persistent_args<T>(side);
-      args.mailbox = {launches.slots<D>(offset), static_cast<const D*>(side.left), length};
-      // The next chunk of the pass begins with the mail of this one's first step.
-      const Chunk& chunk = side.chunks.back();
-      const int64_t first = side.steps.rows_before(side.steps.time(chunk.first)) - side.steps.rows_before(chunk.begin);
-      side.left = args.mailbox.slots + first * length;
-      offset += memory[launch.count++];
-    }
-    const cudaError_t error = cuda::persistent_backward(launch, device_.stream);
-    raise_if_refused(error, device_, *persistent_);
-    check(error, "persistent_backward");
-  }
-  static int64_t rows_of(const Running& side) {
-    return side.steps.rows_before(side.chunks.back().finish) - side.steps.rows_before(side.chunks.back().begin);
+      return persistent_args<T>(side);
+    };
+    launches.run<D>(&cuda::persistent_backward<T>, "persistent_backward", sides, 4, sizes_.hidden_size, args_of);
   }
 
   template <typename T>
   cuda::PersistentBackward<T> persistent_args(const Running& side) const {
     using D = typename cuda::Types<T>::Gradient;
     cuda::PersistentBackward<T> args{};
-    const Chunk& chunk = side.chunks.back();
+    const Chunk& chunk = side.running();
     args.cell = cell_of<T>(side, side.steps.time(chunk.begin));
     args.cell.c_previous.previous = args.cell.cells;
     args.cell.grad_recurrent_part = mails_recurrent_part() ? nullptr : row_pointer<D>(side.buffers.recurrent_part);

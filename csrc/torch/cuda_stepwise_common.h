@@ -55,6 +55,17 @@ inline bool needs_options(const LayerOptions& options, const LayerSizes& sizes, 
           (args->grads.cells.defined() || args->grads.gate_values.defined() || (options.recompute && sizes.projected)));
 }
 
+inline void check(cudaError_t error, const char* kernel) {
+  if (error == cudaSuccess) return;
+  // A fault is permanent for the process: every later launch reports it.
+  const bool fault = error == cudaErrorIllegalAddress || error == cudaErrorMisalignedAddress ||
+                     error == cudaErrorIllegalInstruction || error == cudaErrorLaunchFailure ||
+                     error == cudaErrorLaunchTimeout || error == cudaErrorAssert;
+  TORCH_CHECK(false, "lstm_ext: the kernel ", kernel,
+              fault ? " was not the first to fail: " : " did not start: ", cudaGetErrorString(error),
+              fault ? ". An earlier kernel did; CUDA_LAUNCH_BLOCKING=1 shows which" : "");
+}
+
 // Whether a type has fused kernels.
 template <typename T>
 constexpr bool kHasStep = !std::is_same_v<T, double>;
@@ -88,14 +99,14 @@ inline bool has_aligned_rows(const at::Tensor& matrix) {
   return matrix.stride(1) == 1 && matrix.stride(0) * bytes % cuda::kStepAlignment == 0 &&
          address % cuda::kStepAlignment == 0;
 }
-inline int64_t aligned_length(int64_t length, at::ScalarType type) {
-  const int64_t numbers = cuda::kStepAlignment / static_cast<int64_t>(c10::elementSize(type));
+inline int64_t aligned_length(int64_t length, size_t size) {
+  const int64_t numbers = cuda::kStepAlignment / static_cast<int64_t>(size);
   return (length + numbers - 1) / numbers * numbers;
 }
 inline at::Tensor with_aligned_rows(const at::Tensor& matrix) {
   if (has_aligned_rows(matrix)) return matrix;
   const int64_t rows = matrix.size(0), length = matrix.size(1);
-  const at::Tensor copy = at::empty({rows, aligned_length(length, matrix.scalar_type())}, matrix.options());
+  const at::Tensor copy = at::empty({rows, aligned_length(length, matrix.element_size())}, matrix.options());
   return copy.narrow(1, 0, length).copy_(matrix);
 }
 
@@ -257,17 +268,6 @@ class Stepwise {
   }
 
   void product(const Gemm& gemm) const { device_.gemm(gemm, device_.context); }
-
-  void check(cudaError_t error, const char* kernel) const {
-    if (error == cudaSuccess) return;
-    // A fault is permanent for the process: every later launch reports it.
-    const bool fault = error == cudaErrorIllegalAddress || error == cudaErrorMisalignedAddress ||
-                       error == cudaErrorIllegalInstruction || error == cudaErrorLaunchFailure ||
-                       error == cudaErrorLaunchTimeout || error == cudaErrorAssert;
-    TORCH_CHECK(false, "lstm_ext: the kernel ", kernel,
-                fault ? " was not the first to fail: " : " did not start: ", cudaGetErrorString(error),
-                fault ? ". An earlier kernel did; CUDA_LAUNCH_BLOCKING=1 shows which" : "");
-  }
 
   const LayerSizes& sizes_;
   const StepwiseDevice& device_;

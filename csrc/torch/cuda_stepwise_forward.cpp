@@ -176,7 +176,7 @@ class StepwiseForward : Stepwise {
     if (one_product()) {
       b.recurrent_h[0] = b.recurrent_h[1] = both_h_.select(0, d);
     } else if (options_.recurrent_mask.defined() || (fused_ && !has_aligned_rows(b.output))) {
-      b.recurrent_h[0] = one_step(true, fused_ ? aligned_length(P, dtype_) : P, dtype_);
+      b.recurrent_h[0] = one_step(true, fused_ ? aligned_length(P, c10::elementSize(dtype_)) : P, dtype_);
       b.recurrent_h[1] = fused_ ? at::empty_like(b.recurrent_h[0]) : b.recurrent_h[0];
     }
     return b;
@@ -214,6 +214,9 @@ class StepwiseForward : Stepwise {
                                        buffers.projected.defined() ? buffers.projected : buffers.output, buffers.hidden,
                                        transposed(layer.weight_hr))) {}
     bool copies_h() const { return buffers.recurrent_h[0].defined(); }
+    const Chunk& running() const { return *chunk; }
+    // The row of the chunk's mail with which the next chunk begins: that of the last step.
+    int64_t row_left() const { return steps.rows_before(steps.time(chunk->end - 1)) - steps.rows_before(chunk->begin); }
 
     const Direction layer;
     const Steps steps;
@@ -259,28 +262,8 @@ class StepwiseForward : Stepwise {
   // Runs all steps of the chunk in one launch.
   template <typename T>
   void run_chunk(std::list<Running>& sides, PersistentLaunches& launches) const {
-    const int64_t length = launches.length(1, sizes_.hidden_size, dtype_);
-    const int64_t bytes = length * static_cast<int64_t>(sizeof(T));
-    cuda::PersistentSides<cuda::PersistentForward<T>> launch{};
-    std::vector<int64_t> memory;
-    for (const Running& side : sides) memory.push_back(rows_of(side) * bytes);
-    launches.begin(launch, memory);
-    int64_t offset = 0;
-    for (Running& side : sides) {
-      cuda::PersistentForward<T>& args = launch.sides[launch.count];
-      args = persistent_args<T>(side);
-      args.mailbox = {launches.slots<T>(offset), static_cast<const T*>(side.left), length};
-      // The next chunk begins with the mail of this one's last step.
-      const int64_t last = side.steps.rows_before(side.steps.time(side.chunk->end - 1));
-      side.left = args.mailbox.slots + (last - side.steps.rows_before(side.chunk->begin)) * length;
-      offset += memory[launch.count++];
-    }
-    const cudaError_t error = cuda::persistent_forward(launch, device_.stream);
-    raise_if_refused(error, device_, *persistent_);
-    check(error, "persistent_forward");
-  }
-  static int64_t rows_of(const Running& side) {
-    return side.steps.rows_before(side.chunk->finish) - side.steps.rows_before(side.chunk->begin);
+    launches.run<T>(&cuda::persistent_forward<T>, "persistent_forward", sides, 1, sizes_.hidden_size,
+                    [&](const Running& side, int64_t) { return persistent_args<T>(side); });
   }
 
   template <typename T>
