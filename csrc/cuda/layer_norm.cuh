@@ -40,6 +40,34 @@ LSTM_DEVICE void block_sums(A (&values)[kCount], A* shared) {
   }
 }
 
+// Centres numbers, and divides them by their standard deviation.
+template <typename A>
+struct Normalise {
+  A mean, factor;
+  LSTM_DEVICE A operator()(A x) const { return (x - mean) * factor; }
+};
+// For each of kRows rows of `count` numbers: value(row, k).
+template <int kRows, typename A, typename Value>
+LSTM_DEVICE void find_moments(Normalise<A> (&rows)[kRows], int64_t count, A* shared, const Value& value) {
+  A sums[kRows] = {};
+  for (int64_t k = threadIdx.x; k < count; k += blockDim.x) {
+    for (int row = 0; row < kRows; ++row) sums[row] += value(row, k);
+  }
+  block_sums(sums, shared);
+  for (int row = 0; row < kRows; ++row) {
+    rows[row].mean = sums[row] / static_cast<A>(count);
+    sums[row] = 0;
+  }
+  for (int64_t k = threadIdx.x; k < count; k += blockDim.x) {
+    for (int row = 0; row < kRows; ++row) {
+      const A x = value(row, k) - rows[row].mean;
+      sums[row] += x * x;
+    }
+  }
+  block_sums(sums, shared);
+  for (int row = 0; row < kRows; ++row) rows[row].factor = norm_factor(sums[row], count);
+}
+
 template <typename T, bool kCell>
 LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
     norm_cell_forward_kernel(LSTM_GRID_CONSTANT StepSides<NormCellForward<T>> both) {
@@ -64,40 +92,20 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   }
   const A* input = cell.input_part + b * cell.input_stride;
   const A* recurrent = recurrent_row(cell, row, b);
-  const A gates_count = static_cast<A>(4 * H);
-
-  A mean[2] = {};
-  for (int64_t k = threadIdx.x; k < 4 * H; k += blockDim.x) {
-    mean[0] += input[k];
-    if (recurrent) mean[1] += recurrent[k];
-  }
-  block_sums(mean, shared);
-  mean[0] /= gates_count;
-  mean[1] /= gates_count;
-  A factor[2] = {};
-  for (int64_t k = threadIdx.x; k < 4 * H; k += blockDim.x) {
-    const A x = input[k] - mean[0];
-    factor[0] += x * x;
-    if (recurrent) {
-      const A y = recurrent[k] - mean[1];
-      factor[1] += y * y;
-    }
-  }
-  block_sums(factor, shared);
-  for (int which = 0; which < 2; ++which) factor[which] = norm_factor(factor[which], 4 * H);
+  const auto product = [&](int which, int64_t k) { return which == 0 ? input[k] : recurrent ? recurrent[k] : A(0); };
+  Normalise<A> products[2];
+  find_moments(products, 4 * H, shared, product);
   if (saves && threadIdx.x == 0) {
-    for (int which = 0; which < 2; ++which) args.norm_factors[b * 2 + which] = factor[which];
+    for (int which = 0; which < 2; ++which) args.norm_factors[b * 2 + which] = products[which].factor;
   }
 
   A* const new_c = args.workspace + b * 2 * H;
   A* const output_gate = new_c + H;
-  A mean_c[1] = {};
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
     GateValues<A> z;
     for (int gate = 0; gate < 4; ++gate) {
       const int64_t k = gate * H + j;
-      const A x = (input[k] - mean[0]) * factor[0];
-      const A y = recurrent ? (recurrent[k] - mean[1]) * factor[1] : 0;
+      const A x = products[0](product(0, k)), y = products[1](product(1, k));
       z[gate] = args.norm.gain_ih[k] * x + args.norm.gain_hh[k] * y + bias_at(cell, gate, j);
       if (saves) {
         args.norm_input[b * 4 * H + k] = narrow<T>(x);
@@ -114,19 +122,11 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
     write_state(cell, row, b, j, z.gate, state.c, options);
     new_c[j] = state.now;
     output_gate[j] = gates[cell::kO];
-    mean_c[0] += state.now;
   }
-  block_sums(mean_c, shared);
-  mean_c[0] /= static_cast<A>(H);
-  A factor_c[1] = {};
+  Normalise<A> of_cell[1];
+  find_moments(of_cell, H, shared, [&](int, int64_t j) { return new_c[j]; });
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-    const A x = new_c[j] - mean_c[0];
-    factor_c[0] += x * x;
-  }
-  block_sums(factor_c, shared);
-  factor_c[0] = norm_factor(factor_c[0], H);
-  for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-    A tanh_input = args.norm.gain_c[j] * ((new_c[j] - mean_c[0]) * factor_c[0]);
+    A tanh_input = args.norm.gain_c[j] * of_cell[0](new_c[j]);
     if (args.norm.bias_c) tanh_input += args.norm.bias_c[j];
     const A hidden = cell::hidden<CellMath<T>>(output_gate[j], tanh_input, cell_at<kCell, T>(cell.options, j));
     write_output<true>(cell.output, row, b, j, H, hidden);
@@ -172,19 +172,9 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   const A units = static_cast<A>(H);
 
   // The mean and factor of N(c'_t) again: they are not saved.
-  A mean[1] = {};
-  for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-    mean[0] += state_now_at<kCell>(cell, row, b, j, gates_again<kCell>(cell, b, j));
-  }
-  block_sums(mean, shared);
-  mean[0] /= units;
-  A factor[1] = {};
-  for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
-    const A x = state_now_at<kCell>(cell, row, b, j, gates_again<kCell>(cell, b, j)) - mean[0];
-    factor[0] += x * x;
-  }
-  block_sums(factor, shared);
-  factor[0] = norm_factor(factor[0], H);
+  Normalise<A> of_cell[1];
+  find_moments(of_cell, H, shared,
+               [&](int, int64_t j) { return state_now_at<kCell>(cell, row, b, j, gates_again<kCell>(cell, b, j)); });
 
   // Through tanh: dL/do, which waits in the place of the gradient of its preactivation, and the sums for dL/dc'_t.
   A sums_c[2] = {};
@@ -192,7 +182,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   A* const grad_z = args.grad_preactivations + b * 4 * H;
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
     const GateValues<A> gates = gates_again<kCell>(cell, b, j);
-    const A hat = (state_now_at<kCell>(cell, row, b, j, gates) - mean[0]) * factor[0];
+    const A hat = of_cell[0](state_now_at<kCell>(cell, row, b, j, gates));
     A tanh_input = args.norm.gain_c[j] * hat;
     if (args.norm.bias_c) tanh_input += args.norm.bias_c[j];
     const A dh = cell.grad_hidden ? cell.grad_hidden[b * H + j] : output_gradient_at<true>(cell.output, row, b, j, H);
@@ -211,8 +201,9 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   A sums[4] = {};
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
     const GateValues<A> gates = gates_again<kCell>(cell, b, j);
-    const A now = state_now_at<kCell>(cell, row, b, j, gates), hat = (now - mean[0]) * factor[0];
-    const A dc = factor[0] * (grad_tanh_input[j] * args.norm.gain_c[j] - sums_c[0] / units - hat * (sums_c[1] / units));
+    const A now = state_now_at<kCell>(cell, row, b, j, gates), hat = of_cell[0](now);
+    const A dc =
+        of_cell[0].factor * (grad_tanh_input[j] * args.norm.gain_c[j] - sums_c[0] / units - hat * (sums_c[1] / units));
     const auto grad = cell_gradients<true>(
         cell, b, j, gates, previous_cell(row, cell.c_previous, b * H + j), now,
         gradient_after<true>(cell, row, b * H + j),
