@@ -7,16 +7,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 # Imported by name: profilers replace functions in the module by their own, and would count these beside the layer
 # itself.
-from torch.nn.functional import layer_norm, linear
+from torch.nn.functional import linear
 
 from .activations import activation_functions
 from .layer_call import LayerCall, LayerOptions, LayerResults
 from .shapes import check_shapes, count_mask, direction_of
-from .tracing import any_autocast, innermost_transform
+from .tracing import any_autocast
 
 
 def lstm_layer(call: LayerCall) -> LayerResults:
@@ -53,13 +52,10 @@ def _equations(call: LayerCall) -> LayerResults:
 
 
 def _normalised(x: Tensor, gain: Tensor, shift: Tensor | None) -> Tensor:
-    eps = 1e-5
-    if forward_ad._current_level < 0 and innermost_transform() is None:
-        return layer_norm(x, gain.shape, gain, shift, eps)
-    # torch takes the mean and the deviation for constants where it differentiates the tangent of its own function, or a
-    # gradient that was taken under vmap.
+    # torch takes the mean and the deviation for constants in three derivatives of its own function: the third one, that
+    # of a tangent, and that of a gradient which was taken under vmap.
     centred = x - x.mean(-1, keepdim=True)
-    y = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt() * gain
+    y = centred * (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * gain
     return y if shift is None else y + shift
 
 

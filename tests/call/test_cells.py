@@ -18,29 +18,6 @@ import lstm_ext
 T, B, I, H = 5, 3, 4, 6
 
 
-def test_parameters_of_peepholes():
-    torch.manual_seed(1)
-    module = lstm_ext.LSTM(I, H, 2, bidirectional=True, peephole=True)
-    torch.manual_seed(1)
-    plain = nn.LSTM(I, H, 2, bidirectional=True)
-    x = torch.randn(T, B, I)
-    weights = list(plain.state_dict())
-    assert list(module.state_dict()) == weights + [
-        f"weight_c{gate}_l{k}{suffix}" for k in range(2) for suffix in ("", "_reverse") for gate in "ifo"
-    ]
-    assert all(p.shape == (H,) and not p.any() for n, p in module.state_dict().items() if n not in weights)
-    torch.testing.assert_close(module(x)[0], plain(x)[0])
-    nn.init.ones_(module.weight_ci_l0)
-    assert not torch.allclose(module(x)[0], plain(x)[0])
-    other = lstm_ext.LSTM(I, H, 2, bidirectional=True, peephole=True).double()
-    other.load_state_dict(module.state_dict())
-    torch.testing.assert_close(other(x.double())[0].float(), module(x)[0])
-    module.reset_parameters()
-    assert not module.weight_ci_l0.any()
-    with pytest.raises(RuntimeError, match="weight_ci_l0"):
-        plain.load_state_dict(module.state_dict())
-
-
 @pytest.mark.parametrize("clip", [1e-46, 1e39])
 def test_a_clip_beyond_what_the_dtype_holds(clip):
     module = lstm_ext.LSTM(I, H, cell_clip=clip)

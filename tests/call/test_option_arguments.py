@@ -124,36 +124,45 @@ def test_repr():
     assert repr(lstm_ext.LSTM(I, H, zoneout=(0.5, 0.0))) == "LSTM(4, 6, zoneout=0.5)"
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_parameters_of_layer_norm(bias):
+NORM = {"ln_gain_ih": 4 * H, "ln_gain_hh": 4 * H, "ln_gain_c": H}
+PEEPHOLES = {f"weight_c{gate}": H for gate in "ifo"}
+
+
+@pytest.mark.parametrize(
+    ("option", "bias", "sizes"),
+    [
+        ("layer_norm", True, {**NORM, "ln_bias_c": H}),
+        ("layer_norm", False, NORM),
+        ("peephole", True, PEEPHOLES),
+    ],
+)
+def test_parameters_that_options_add(option, bias, sizes):
     torch.manual_seed(1)
-    module = lstm_ext.LSTM(I, H, 2, bias, bidirectional=True, layer_norm=True)
+    module = lstm_ext.LSTM(I, H, 2, bias, bidirectional=True, **{option: True})
     torch.manual_seed(1)
     plain = nn.LSTM(I, H, 2, bias, bidirectional=True)
-    weights = list(plain.state_dict())
-    names = list(module.state_dict())
-    assert names[: len(weights)] == weights
-    assert all(torch.equal(module.state_dict()[n], w) for n, w in plain.state_dict().items())
-    kinds = {"gain_ih": 4 * H, "gain_hh": 4 * H, "gain_c": H} | ({"bias_c": H} if bias else {})
-    expected = {
-        f"ln_{kind}_l{k}{suffix}": size
-        for k in range(2)
-        for suffix in ("", "_reverse")
-        for kind, size in kinds.items()
-    }
-    assert names[len(weights) :] == list(expected)
-    for name, size in expected.items():
-        assert torch.equal(getattr(module, name), torch.full((size,), 0.0 if "bias" in name else 1.0))
-    with pytest.raises(RuntimeError, match="ln_gain_ih_l0"):
+    weights, names = plain.state_dict(), list(module.state_dict())
+    assert all(torch.equal(module.state_dict()[n], w) for n, w in weights.items())
+    places = [f"_l{k}{suffix}" for k in range(2) for suffix in ("", "_reverse")]
+    assert names == [*weights, *[f"{name}{place}" for place in places for name in sizes]]
+    for place in places:
+        for name, size in sizes.items():
+            expected = torch.full((size,), 1.0 if "gain" in name else 0.0)
+            assert torch.equal(getattr(module, name + place), expected)
+    with pytest.raises(RuntimeError, match=f"{next(iter(sizes))}_l0"):
         plain.load_state_dict(module.state_dict())
 
 
-def test_initialisation_anew():
+@pytest.mark.parametrize("options", [OPTIONS, {"peephole": True}], ids=str)
+def test_initialisation_anew(options):
     """By ``reset_parameters``, of a layer on the meta device, too."""
     torch.manual_seed(1)
-    made = lstm_ext.LSTM(I, H, 2, bidirectional=True, **OPTIONS)
+    made = lstm_ext.LSTM(I, H, 2, bidirectional=True, **options)
     for device in (None, "meta"):
-        module = lstm_ext.LSTM(I, H, 2, bidirectional=True, **OPTIONS, device=device).to_empty(device="cpu")
+        module = lstm_ext.LSTM(I, H, 2, bidirectional=True, **options, device=device).to_empty(device="cpu")
+        with torch.no_grad():
+            for p in module.parameters():
+                p.fill_(torch.nan)
         torch.manual_seed(1)
         module.reset_parameters()
         assert all(map(torch.equal, module.parameters(), made.parameters()))

@@ -348,9 +348,7 @@ def rounding_normalisation(change: float, generator: torch.Generator) -> Iterato
             normalised, scale = ctx.saved_tensors
             return changed(scale * (grad - mean(grad) - normalised * mean(grad * normalised))), None
 
-    def layer_norm(
-        x: Tensor, shape: Any, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5
-    ) -> Tensor:
+    def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
         y = Normalised.apply(x, eps) * weight
         return y if bias is None else y + bias
 

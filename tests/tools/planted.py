@@ -292,7 +292,7 @@ TABLE: dict[Tests, list[tuple[str, ...]]] = {
         ("cuda/persistent_forward.cuh", "int64_t{place.row_before} * H",
          "int64_t{place.row_before < 0 ? place.row : place.row_before} * H"),
         ("cuda/persistent_forward.cuh", "args.batch_first ? place.time : place.row", "place.row"),
-        ("torch/cuda_persistent.h", "memory_.fill_(0xff);", ""),
+        ("torch/cuda_persistent.h", ".fill_(0xff);", ";"),
     ],
     emulated("torn", "persistent"): [
         ("cuda/persistent_chunk.cuh",

@@ -515,8 +515,8 @@ bool check_frozen(const Case& c, WeightKind kind) {
   round_rows(d.u, c.hidden, factors_u);
   double nearest = 1;
   const auto expected = plain_loop(layer, nearest);
-  const FrozenWeights<float> frozen = cpu::freeze(kernels, params.weights, {factors_w.data(), factors_u.data()},
-                                                  params.shape, plan, memory[0].bytes);
+  const FrozenWeights<float> frozen =
+      cpu::freeze(kernels, params.weights, {factors_w.data(), factors_u.data()}, params.shape, plan, memory[0].bytes);
   params.frozen = &frozen, params.weights = {};
   Grids grids;
   layer.compute(1, grids);
