@@ -1,4 +1,4 @@
-"""The cases of the tests of derivatives: every way to call a layer, on the kernels and on the reference equations."""
+"""Layers of the matrix as functions of tensors, on the kernels and on the equations, for the tests of derivatives."""
 
 from __future__ import annotations
 
@@ -8,169 +8,101 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from devices import moved
+from matrix.cases import arguments_of, case_of, make_module, tensors_of
+from matrix.routes import ROUTES
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 import lstm_ext
-from lstm_ext import functional
 from lstm_ext.layer import equations, route
 
 F64 = torch.float64
 OPERATORS = ("lstm_layer", "lstm_layer_forward", "lstm_layer_backward")
-BATCH_SIZES = torch.tensor([3, 2, 1])
 
-CONFIGS = {
-    "plain": {},
-    "no bias": {"bias": False},
-    "two layers": {"num_layers": 2},
-    "both directions": {"bidirectional": True},
-    "projection": {"proj_size": 1},
-    "all": {"num_layers": 2, "bidirectional": True, "proj_size": 1, "bias": False},
-}
-
-
-class Dense(nn.Module):
-    """``forward(x, h, c) -> (output, h_n, c_n)``"""
-
-    x_shape: tuple[int, ...] = (3, 2, 2)
-    batch: tuple[int, ...] = (2,)
-
-    def __init__(self, hidden_size: int = 3, dtype: torch.dtype = F64, **config: Any) -> None:
-        super().__init__()
-        self.lstm = lstm_ext.LSTM(2, hidden_size, **config, dtype=dtype)
-
-    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        output, states = self.lstm(x, (h, c))
-        return output, *states
-
-    def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
-        m = self.lstm
-        sets = m.num_layers * (2 if m.bidirectional else 1)
-        shapes = (
-            self.x_shape,
-            (sets, *self.batch, m.proj_size or m.hidden_size),
-            (sets, *self.batch, m.hidden_size),
-        )
-        return tuple([torch.randn(s, dtype=m.weight_ih_l0.dtype) for s in shapes])
-
-
-class Packed(Dense):
-    x_shape, batch = (6, 2), (3,)
-    indices = torch.tensor([2, 0, 1]), torch.tensor([1, 2, 0])
-
-    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        output, states = self.lstm(
-            PackedSequence(x, BATCH_SIZES, *[i.to(x.device) for i in self.indices]), (h, c)
-        )
-        return output.data, *states
-
-
-class Unbatched(Dense):
-    x_shape, batch = (3, 2), ()
-
-
-class BatchFirst(Dense):
-    x_shape = (2, 3, 2)
-
-
-class OneStep(Dense):
-    x_shape = (1, 2, 2)
-
-
-class WithoutStates(Dense):
-    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        output, (h_n, c_n) = self.lstm(x)
-        return output, h_n * c.sin(), c_n * h.sin()
-
-
-class Steps(Dense):
-    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        outputs = []
-        for x_t in x:
-            output, (h, c) = self.lstm.step(x_t, (h, c))
-            outputs.append(output)
-        return torch.stack(outputs), h, c
-
-
-class Functional(Dense):
-    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        m = self.lstm
-        weights = list(m.parameters())
-        output, states = functional.lstm(
-            x, (h, c), weights, m.bias, m.num_layers, bidirectional=m.bidirectional
-        )
-        return output, *states
-
-
-class Cell(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell = lstm_ext.LSTMCell(2, 3, dtype=F64)
-
-    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        h1, c1 = self.cell(x, (h, c))
-        h2, c2 = self.cell(x.sin(), (h1, c1))
-        return h1, h2, c2
-
-    def arguments(self) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple([torch.randn(2, n, dtype=F64) for n in (2, 3, 3)])
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "plain": Dense,
-    "no bias": lambda: Dense(bias=False),
-    "projection": lambda: Dense(proj_size=2),
-    "two layers, both directions": lambda: Dense(num_layers=2, bidirectional=True, proj_size=1),
-    "batch first": lambda: BatchFirst(batch_first=True, bidirectional=True, bias=False),
-    "unbatched": Unbatched,
-    "no states": lambda: WithoutStates(bidirectional=True),
-    "one step": lambda: OneStep(bidirectional=True),
-    "packed": Packed,
-    "packed, two layers, both directions": lambda: Packed(num_layers=2, bidirectional=True, proj_size=2),
-    "packed, no bias": lambda: Packed(bias=False, bidirectional=True),
-    "step()": lambda: Steps(num_layers=2),
-    "functional": lambda: Functional(bidirectional=True),
-    "cell": Cell,
+# A route of the matrix; a form, a cell and a call of its table.
+MODELS: dict[str, tuple[str, str, str, str]] = {
+    "plain": ("eager", "dense", "plain", ""),
+    "all": ("eager", "all", "plain", ""),
+    "no states": ("eager", "two directions", "plain", "resets"),
+    "batch first": ("eager", "batch first, two layers", "peephole, clip, coupled", "resets to a state"),
+    "unbatched": ("eager", "unbatched", "plain", ""),
+    "one step": ("eager", "one step", "plain", ""),
+    "packed": ("eager", "packed", "plain", ""),
+    "packed, sorted": ("eager", "packed, sorted", "functions", "returned"),
+    "lengths": ("eager", "two directions", "zoneout", "all"),
+    "norm": ("eager", "dense", "norm", "resets to a state"),
+    "recompute": ("eager", "dense", "recompute", "resets to a state"),
+    "steps": ("steps", "batch first, two layers", "plain", ""),
+    "functional": ("functional", "two directions", "plain", ""),
+    "cells": ("cells", "dense", "plain", ""),
 }
 every_model = pytest.mark.parametrize("model", MODELS)
-# For what is slow and more about the transforms than about the layer.
-some_models = pytest.mark.parametrize(
-    "model",
-    ["plain", "two layers, both directions", "no states", "packed, two layers, both directions", "cell"],
-)
+# For what is slow and more about the transforms than about the layer; forward mode has no recompute.
+some_models = pytest.mark.parametrize("model", ["plain", "all", "no states", "packed", "norm", "cells"])
 
 
-class Case(NamedTuple):
+class Model(NamedTuple):
     p: dict[str, Tensor]
     x: Tensor
     h: Tensor
     c: Tensor
-    call: Callable[..., tuple[Tensor, Tensor, Tensor]]  # of (p, x, h, c)
-    loss: Callable[..., Tensor]  # of (p, x, h, c)
+    call: Callable[..., tuple[Tensor, ...]]  # of (p, x, h, c)
+    layers: int
+    recompute: bool
 
     @property
     def arguments(self) -> tuple[Any, ...]:
         return self[:4]
+
+    def loss(self, p: Any, x: Tensor, h: Tensor, c: Tensor) -> Tensor:
+        output, h_n, c_n, *extras = self.call(p, x, h, c)
+        total = output.sin().sum() + h_n.cos().sum() + c_n.square().sum()
+        return sum([e.sin().sum() for e in extras], total)
 
     def of(self, i: int) -> Callable[[Any], Tensor]:
         """The loss as a function of its argument i only."""
         return lambda a: self.loss(*self[:i], a, *self[i + 1 : 4])
 
 
-def make_case(model: str | nn.Module) -> Case:
-    module = MODELS[model]() if isinstance(model, str) else model
-    p = {name: t.detach().clone() for name, t in module.named_parameters()}
+class Called(nn.Module):
+    def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.module, self.call = module, call
 
-    def call(p, x, h, c):
-        return functional_call(module, p, (x, h, c))
+    def forward(self, *arguments: Any, **more: Any) -> Any:
+        return self.call(self.module, *arguments, **more)
 
-    def loss(p, x, h, c):
-        output, h_n, c_n = call(p, x, h, c)
-        return output.sin().sum() + h_n.cos().sum() + c_n.square().sum()
 
-    return Case(p, *module.arguments(), call, loss)
+def make_model(name: str, device: str = "cpu") -> Model:
+    route, *names = MODELS[name]
+    with torch.device("cpu"):
+        case = case_of(*names, input_size=2, hidden_size=4, frozen=frozenset({"reset_h", "reset_c"}))
+        tensors = tensors_of(case)
+        module = Called(make_module(lstm_ext.LSTM, case, F64, tensors.weights), ROUTES[route].call)
+        _, input, hx, more = arguments_of(case, tensors, F64)
+        sets = case.num_layers * case.directions
+        own = [torch.randn(sets, len(case.lengths), n, dtype=F64) for n in case.state_sizes]
+    more = moved(more, device)
+    p = {n: t.detach().to(device) for n, t in module.named_parameters()}
+    x, h, c = [t.detach().to(device) for t in (input.data if case.packed else input, *(hx or own))]
+    indices = [None if not case.packed or i is None else i.to(device) for i in input[2:4]]
+
+    def call(p: Any, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        data = type(input)(x, input.batch_sizes, *indices) if case.packed else x
+        y, (h_n, c_n), *extras = functional_call(module, p, (data, (h, c) if case.hx else None), more)
+        if not case.hx:  # they have derivatives all the same
+            h_n, c_n = h_n * c.sin(), c_n * h.sin()
+        return (
+            y.data if case.packed else y,
+            h_n,
+            c_n,
+            *[e for extra in extras for e in extra if e is not None],
+        )
+
+    recompute = case.options is not None and case.options.recompute
+    return Model(p, x, h, c, call, case.num_layers, recompute)
 
 
 def several(tree: Any, n: int = 2) -> Any:

