@@ -11,6 +11,8 @@ import torch
 from cases import values_and_gradients
 from graphs import Graphs, assert_layers, operators
 from judge import torch_dtypes
+from matrix.cases import case_of, tensors_of
+from matrix.judge import by_itself, run
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -27,22 +29,30 @@ OLD_TORCH = torch.__version__.startswith(("2.11.", "2.12."))
 
 T, B, I, H = 5, 3, 2, 4
 
-# Constructor's arguments, shape of the input, whether there is an hx
-CASES: dict[str, tuple[dict, tuple[int, ...], bool]] = {
-    "plain": ({}, (T, B, I), False),
-    "hx": ({}, (T, B, I), True),
-    "batch_first": ({"batch_first": True}, (B, T, I), True),
-    "unbatched": ({}, (T, I), False),
-    "unbatched_hx": ({"num_layers": 2}, (T, I), True),
-    "layers": ({"num_layers": 3}, (T, B, I), False),
-    "both_directions": ({"num_layers": 2, "bidirectional": True}, (T, B, I), True),
-    "projection": ({"proj_size": 2}, (T, B, I), True),
-    "no_bias": ({"bias": False}, (T, B, I), False),
-    "all": (
-        {"num_layers": 2, "bidirectional": True, "proj_size": 3, "batch_first": True, "bias": False},
-        (B, T, I),
-        True,
-    ),
+# Forms, cells and calls of the matrix.
+NAMES = [
+    ("dense", "plain", ""),
+    ("batch first, two layers", "plain", ""),
+    ("unbatched", "plain", ""),
+    ("two directions", "plain", "resets"),
+    ("all", "plain", ""),
+    ("one step", "peephole, clip, coupled", "resets to a state"),
+    ("two directions", "zoneout", "resets"),
+    ("batch first, two layers", "functions", "mask"),
+    ("dense", "recompute", "lengths"),
+    ("all", "norm", "all"),
+    ("packed", "plain", ""),
+    ("packed, sorted", "peephole", "returned"),
+    ("packed", "recompute", "resets"),
+]
+DTYPES = ("float32", "bfloat16", "float64", "float16")
+RESULTS = ("output", "h_n", "c_n")
+# In each dtype in turn, and with gradients of all results or of one.
+CASES = {
+    ", ".join(filter(None, names)): case_of(
+        *names, dtype=DTYPES[n % 4], grad_of=RESULTS[n % 4 - 1 :][:1] if n % 4 else RESULTS
+    )
+    for n, names in enumerate(NAMES)
 }
 
 
@@ -51,16 +61,10 @@ def _nothing_compiled_yet() -> None:
     torch._dynamo.reset()
 
 
-def states(module: lstm_ext.LSTM, batch: tuple[int, ...], dtype: torch.dtype = torch.float32):
+def states(module: lstm_ext.LSTM, batch: tuple[int, ...]):
     sets = module.num_layers * (2 if module.bidirectional else 1)
     sizes = (module.proj_size or module.hidden_size, module.hidden_size)
-    return tuple(torch.randn(sets, *batch, size, dtype=dtype) for size in sizes)
-
-
-def arguments_of(case: str) -> tuple[lstm_ext.LSTM, Tensor, tuple[Tensor, Tensor] | None]:
-    options, shape, has_hx = CASES[case]
-    module = lstm_ext.LSTM(I, H, **options)
-    return module, torch.randn(shape), states(module, (B,) if len(shape) == 3 else ()) if has_hx else None
+    return tuple(torch.randn(sets, *batch, size) for size in sizes)
 
 
 def assert_equal(result, expected) -> None:
@@ -88,15 +92,25 @@ def in_place(module: nn.Module, graphs: Graphs, **options) -> nn.Module:
 # ---- values and gradients
 
 
+@pytest.mark.devices("cpu")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients(case: str, backend: str) -> None:
-    module, input, hx = arguments_of(case)
-    graphs = Graphs(backend)
-    assert_equal(
-        values_and_gradients(in_place(module, graphs), input, hx), values_and_gradients(module, input, hx)
-    )
-    graphs.assert_layers(module.num_layers)
+    described, graphs = CASES[case], Graphs(backend)
+
+    def call(module: nn.Module, *args, **more):
+        return compiled(by_itself, graphs)(module, *args, **more)
+
+    results, expected = [
+        run(lstm_ext.LSTM, described, tensors_of(described), described.torch_dtype, c)
+        for c in (call, by_itself)
+    ]
+    recompute = described.options is not None and described.options.recompute
+    same = (
+        torch.testing.assert_close if recompute else assert_equal
+    )  # what is computed again is added otherwise
+    same(results.values, expected.values)
+    graphs.assert_layers(described.num_layers)
 
 
 class Model(nn.Module):
@@ -114,7 +128,7 @@ class Model(nn.Module):
 def training_step(module: nn.Module, *args) -> list[Tensor]:
     """Values and gradients of the parameters, from all outputs."""
     module.zero_grad()
-    values = tree_leaves(module(*args))
+    values = [value for value in tree_leaves(module(*args)) if value is not None]
     sum((k + 1) * value.sin().sum() for k, value in enumerate(values)).backward()
     return [*(v.detach() for v in values), *(p.grad for p in module.parameters())]
 
@@ -164,11 +178,13 @@ def test_training_keeps_what_backward_needs_and_inference_nothing() -> None:
 # ---- sizes that change
 
 
-def assert_follows(module: nn.Module, calls: list[tuple], most: int, **options) -> None:
+def assert_follows(module: nn.Module, calls: list[tuple], most: int, left: int = 0, **options) -> None:
+    """Compiles no more than so many graphs, besides as many that dynamo leaves when it learns of a number."""
     graphs = Graphs()
     ours = in_place(module, graphs, **options)
     for args in calls:
         assert_equal(training_step(ours, *args), training_step(module, *args))
+    del graphs.all[:left]
     graphs.assert_layers(module.num_layers, graphs=len(graphs.all))
     assert len(graphs.all) <= most
 
@@ -182,14 +198,42 @@ def test_second_size_is_the_last_to_compile(sizes: list[tuple[int, int]]) -> Non
     assert_follows(lstm_ext.LSTM(I, H, 2), [(torch.randn(*s, I),) for s in sizes], most=2)
 
 
-@pytest.mark.parametrize("has_hx", [False, True])
-def test_dynamic_compiles_once(has_hx: bool) -> None:
-    module = lstm_ext.LSTM(I, H, batch_first=True, bidirectional=True)
-    calls = [
-        (torch.randn(batch, time, I), *([states(module, (batch,))] if has_hx else []))
-        for batch, time in ((3, 5), (4, 7), (6, 9))
-    ]
-    assert_follows(module, calls, most=1, dynamic=True)
+class WithOptions(nn.Module):
+    def __init__(self, options: dict) -> None:
+        super().__init__()
+        self.lstm = lstm_ext.LSTM(I, H, **options).eval()
+        self.num_layers = 1
+
+    def forward(self, x: Tensor, hx: tuple[Tensor, Tensor], call: dict):
+        return self.lstm(x, hx, **call)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"bidirectional": True}, ()),
+        ({"bidirectional": True}, ("resets", "lengths", "return_gates")),
+        ({"layer_norm": True, "zoneout": (0.2, 0.3)}, ("lengths",)),
+        (
+            {"peephole": True, "cell_clip": 0.3, "coupled_gates": True, "proj_size": 2},
+            ("resets", "reset_state"),
+        ),
+    ],
+    ids=str,
+)
+def test_dynamic_compiles_once(options: dict, names: tuple[str, ...]) -> None:
+    module, calls = WithOptions(options), []
+    for batch, time in ((3, 5), (4, 7), (6, 9)):
+        given = {
+            "resets": torch.rand(time, batch) < 0.3,
+            "reset_state": states(module.lstm, (batch,)),
+            "lengths": torch.randint(0, time + 1, (batch,)),
+            "return_gates": True,
+        }
+        call = {name: given[name] for name in names}
+        calls.append((torch.randn(time, batch, I), states(module.lstm, (batch,)), call))
+    left = int("zoneout" in options or "cell_clip" in options)
+    assert_follows(module, calls, most=1, left=left, dynamic=True)
 
 
 def test_one_step_one_row_no_row() -> None:
@@ -249,6 +293,19 @@ def test_dropout(p: float) -> None:
     assert ["dropout" in operators(g.graph) for g in graphs.all] == ([True, False] if p > 0 else [False])
 
 
+def test_masks_are_drawn_anew() -> None:
+    """With sizes that change, too: dynamo may take the rates for numbers that change from call to call."""
+    module = lstm_ext.LSTM(I, H, recurrent_dropout=0.5, zoneout=(0.3, 0.3))
+    ours = in_place(module, Graphs(), dynamic=True)
+    for batch in (2, 3, 5):
+        x = torch.randn(T, batch, I)
+        torch.manual_seed(1)
+        result = training_step(ours, x)
+        torch.manual_seed(1)
+        assert_equal(result, training_step(module, x))
+        assert not torch.equal(training_step(ours, x)[0], result[0])
+
+
 def test_step_cell_and_functional() -> None:
     module = lstm_ext.LSTM(I, H, 2)
     cell = lstm_ext.LSTMCell(I, H)
@@ -267,6 +324,7 @@ def test_step_cell_and_functional() -> None:
         (cell, (x[0, 0],), 1),
         (functional, (x, None), 2),
         (functional, (x, hx), 2),
+        *((functional, (packed([5, 4, 2], s), state), 2) for s in (False, True) for state in (None, hx)),
     ):
         torch._dynamo.reset()
         graphs = Graphs("eager")
@@ -290,31 +348,6 @@ def test_numbers_that_a_compiler_takes_for_changing_ones() -> None:
         for lengths in ([1, 2, T], [2, 2, T], [T, 0, 1], [T, T, T]):
             assert_equal(function(x, lengths), with_lengths(x, torch.tensor(lengths)))
         assert_equal(compiled(functional, Graphs("eager"), dynamic=dynamic)(x), functional(x))
-
-
-def test_loop_of_steps() -> None:
-    module = lstm_ext.LSTM(I, H)
-
-    def unrolled(x: Tensor):
-        hx, outputs = None, []
-        for x_t in x:
-            y, hx = module.step(x_t, hx)
-            outputs.append(y)
-        return torch.stack(outputs), hx
-
-    graphs = Graphs()
-    x = torch.randn(T, B, I)
-    assert_equal(compiled(unrolled, graphs)(x), unrolled(x))
-    graphs.assert_layers(T)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_dtypes(dtype: torch.dtype) -> None:
-    module = lstm_ext.LSTM(I, H, 2, dtype=dtype)
-    graphs = Graphs()
-    x = torch.randn(T, B, I, dtype=dtype)
-    assert_equal(training_step(in_place(module, graphs), x), training_step(module, x))
-    graphs.assert_layers(2)
 
 
 @pytest.mark.parametrize("where", ["inside", "outside"])
@@ -401,22 +434,6 @@ def test_packed(enforce_sorted: bool, has_hx: bool) -> None:
             (values[0].data.sin().sum() + values[1][0].sin().sum() + values[1][1].cos().sum()).backward()
         assert_equal([p.grad for p in ours.parameters()], [p.grad for p in module.parameters()])
     graphs.assert_layers(2, graphs=2)
-
-
-def test_packed_functional() -> None:
-    module = lstm_ext.LSTM(I, H, 2)
-    weights = [p.detach() for p in module.parameters()]
-
-    def functional(x, hx):
-        return lstm_ext.functional.lstm(x, hx, weights, num_layers=2)
-
-    for enforce_sorted in (False, True):
-        for hx in (None, states(module, (3,))):
-            torch._dynamo.reset()
-            data = packed([5, 4, 2], enforce_sorted)
-            graphs = Graphs("eager")
-            assert_equal(compiled(functional, graphs)(data, hx), functional(data, hx))
-            graphs.assert_layers(2)
 
 
 def test_packed_states_of_another_batch() -> None:
@@ -542,18 +559,14 @@ def test_checkpoint_inside_a_compiled_function(use_reentrant: bool) -> None:
         return checkpoint(lambda x: module(x)[0], x, use_reentrant=use_reentrant)
 
     leaves = [x, *module.parameters()]
-    results = [f(x) for f in (compiled(forward, graphs), forward)]
-    assert_equal(*results)
-    if use_reentrant:  # does not work with torch.autograd.grad
-        gradients = []
-        for y in results:
-            for leaf in leaves:
-                leaf.grad = None
-            y.sin().sum().backward()
-            gradients.append([leaf.grad for leaf in leaves])
-    else:
-        gradients = [torch.autograd.grad(y.sin().sum(), leaves) for y in results]
-    assert_equal(*gradients)
+    found = []
+    for function in (compiled(forward, graphs), forward):
+        for leaf in leaves:
+            leaf.grad = None
+        y = function(x)
+        y.sin().sum().backward()  # torch.autograd.grad does not work with use_reentrant
+        found.append([y, *[leaf.grad for leaf in leaves]])
+    assert_equal(*found)
     graphs.assert_layers(2)
 
 
@@ -573,13 +586,15 @@ def test_compiled_autograd() -> None:
 
 
 @pytest.mark.parametrize("kind", ["fake", "meta"])
-@pytest.mark.parametrize("case", CASES)
-def test_shapes_without_values(case: str, kind: str) -> None:
-    module, input, hx = arguments_of(case)
+@pytest.mark.parametrize(
+    "options", [{}, {"num_layers": 2, "bidirectional": True, "proj_size": 3, "bias": False}], ids=str
+)
+def test_shapes_without_values(options: dict, kind: str) -> None:
+    module, input = lstm_ext.LSTM(I, H, batch_first=True, **options), torch.randn(B, T, I)
+    hx = states(module, (B,)) if options else None
     expected = values_and_gradients(module, input, hx)
-    options, *_ = CASES[case]
     with FakeTensorMode() if kind == "fake" else torch.device("meta"):
-        module = lstm_ext.LSTM(I, H, **options)
+        module = lstm_ext.LSTM(I, H, batch_first=True, **options)
         hx = hx and tuple(torch.empty(x.shape) for x in hx)
         result = values_and_gradients(module, torch.empty(input.shape), hx)
     assert result.keys() == expected.keys()

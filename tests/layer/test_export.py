@@ -89,6 +89,37 @@ def test_sizes_that_change(options: dict, has_hx: bool, strict: bool) -> None:
             torch.testing.assert_close(output, expected)  # of a linear layer, which is decomposed
 
 
+class WithOptions(nn.Module):
+    """All options of a call as inputs of the graph."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.lstm = lstm_ext.LSTM(I, H, 2, bidirectional=True, **options)
+
+    def forward(self, x: Tensor, lengths: Tensor, resets: Tensor, h: Tensor, c: Tensor):
+        return self.lstm(x, lengths=lengths, resets=resets, reset_state=(h, c), return_gates=True)
+
+    def arguments(self, time: int, batch: int) -> tuple[Tensor, ...]:
+        lengths, resets = torch.randint(0, time + 1, (batch,)), torch.rand(time, batch) < 0.3
+        return torch.randn(time, batch, I), lengths, resets, *states(self.lstm, batch)
+
+
+@both_ways
+@pytest.mark.parametrize("options", [{}, {"layer_norm": True, "zoneout": (0.1, 0.2)}], ids=str)
+def test_options_and_sizes_that_change(options: dict, strict: bool) -> None:
+    model = WithOptions(**options).eval()
+    shapes = ({0: time, 1: batch}, {0: batch}, {0: time, 1: batch}, {1: batch}, {1: batch})
+    program = torch.export.export(model, model.arguments(T, B), dynamic_shapes=shapes, strict=strict)
+    for p in (program, program.run_decompositions()):
+        assert_layers(p.graph, 2)
+        for sizes in ((4, 9), (1, 1), (30, 2)):
+            args = model.arguments(*sizes)
+            results, expected = [
+                [t for t in tree_leaves(f(*args)) if t is not None] for f in (p.module(), model)
+            ]
+            assert_equal(results, expected)
+
+
 def test_what_does_not_change_is_checked() -> None:
     module = lstm_ext.LSTM(I, H)
     program = torch.export.export(module, (torch.randn(T, B, I),), dynamic_shapes=({0: time, 1: batch},))
@@ -177,20 +208,13 @@ def test_training_program() -> None:
     assert_layers(program.run_decompositions().graph, 2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_dtypes_and_autocast(dtype: torch.dtype) -> None:
-    x = torch.randn(T, B, I)
-    module = lstm_ext.LSTM(I, H, dtype=dtype)
-    program = torch.export.export(module, (x.to(dtype),), dynamic_shapes=({0: time, 1: batch},))
+def test_autocast() -> None:
+    module, x = lstm_ext.LSTM(I, H), torch.randn(T, B, I)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        program = torch.export.export(module, (x,), dynamic_shapes=({0: time, 1: batch},))
+        expected = module(x[:3])
     assert_layers(program.graph, 1)
-    assert_equal(program.module()(x[:3].to(dtype)), module(x[:3].to(dtype)))
-    if dtype == torch.bfloat16:
-        module = module.float()
-        with torch.autocast("cpu", dtype=dtype):
-            program = torch.export.export(module, (x,), dynamic_shapes=({0: time, 1: batch},))
-            expected = module(x[:3])
-        assert_layers(program.graph, 1)
-        assert_equal(program.module()(x[:3]), expected)
+    assert_equal(program.module()(x[:3]), expected)
 
 
 def test_vmap_takes_the_reference() -> None:
