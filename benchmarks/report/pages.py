@@ -37,7 +37,7 @@ class Block(NamedTuple):
 
 BLOCKS = (
     Block("faster", "README.md", uses.RECORDS, readme.faster, "readme"),
-    Block("not-faster", "README.md", uses.RECORDS, readme.not_faster),
+    Block("not-faster", PERFORMANCE, uses.RECORDS, readme.not_faster),
     Block("library", "docs/guide/c-library.md", ("library_*_cores.json",), suite.library),
     Block(
         "mac-or-arm",

@@ -18,7 +18,7 @@ MEANING = (
     "The geometric mean over torch's time, in brackets the worst case: above 1, our layer is faster. float32 unless a "
     "line says otherwise, 1 and 2 threads. Empty: not measured. "
 )
-SEVERAL = "Of several machines of a set, the means of all and the worst of all. "
+SEVERAL = "Of several machines of a set, the means of all and the worst of all."
 COSTS = "Of memory and other costs, less is better."
 
 
@@ -46,14 +46,12 @@ def machines(records: dict[str, Result]) -> list[uses.Machine]:
 
 def figures_of(records: dict[str, Result], by_set: bool) -> list[str]:
     """The table and what it means."""
-    meaning = MEANING + (SEVERAL if by_set else "") + COSTS
+    meaning = MEANING + (SEVERAL if by_set else COSTS)
     return [*uses.of_uses(machines(records), by_set), "", meaning]
 
 
 def faster(records: dict[str, Result]) -> str:
-    keys = [use.key for use in uses.USES if use.short]
-    sources = uses.sources_in_line(machines(records), "benchmarks/results", keys)
-    return "\n".join([*figures_of(records, True), "", f"The newest record of each machine: {sources}."])
+    return "\n".join(figures_of(records, True))
 
 
 def by_processor(records: dict[str, Result]) -> str:

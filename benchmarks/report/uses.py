@@ -38,7 +38,7 @@ class Use(NamedTuple):
     title: str
     cost: bool = False
     theirs: str = ""  # the key of torch's own cost, beside ours
-    short: bool = True  # in the README too
+    first: str = ""  # its title on the first screen of the README
     part_of: str = ""  # the key of the use that has these cases too
 
 
@@ -46,33 +46,47 @@ USES = (
     Use("inference", "inference, T > 1"),
     Use("training", "training step, T > 1"),
     Use("large", f"inference, T > 1, H ≥ {LARGE}, B > 1", part_of="inference"),
-    Use("large-training", f"training step, T > 1, H ≥ {LARGE}, B > 1", part_of="training"),
-    Use("step", "one step (T = 1), by a call or by `step()`"),
-    Use("step-training", "training step, T = 1", short=False),
+    Use(
+        "small-training",
+        f"training step, T > 1, H < {LARGE}",
+        first=f"training, H < {LARGE}",
+        part_of="training",
+    ),
+    Use(
+        "large-training",
+        f"training step, T > 1, H ≥ {LARGE}, B > 1",
+        first=f"training, H ≥ {LARGE}, B > 1",
+        part_of="training",
+    ),
+    Use("step", "one step (T = 1), by a call or by `step()`", first="one step with carried state"),
+    Use("step-training", "training step, T = 1"),
     Use("cell", "`LSTMCell`, with and without gradients"),
-    Use("ragged", "ragged batches (`PackedSequence`)"),
+    Use("ragged", "ragged batches (`PackedSequence`)", first="ragged batches (`PackedSequence`)"),
     Use("ragged-padded", "ragged batches, over torch's call on the padded batch"),
     Use("policy", "recurrent policies: a loop over the steps"),
-    Use("policy-resets", "recurrent policies: learning by one call with `resets`, over torch's loop"),
+    Use(
+        "policy-resets",
+        "recurrent policies: learning by one call with `resets`, over torch's loop",
+        first="episodes that end inside a row: one call with `resets`, over torch's loop",
+    ),
     Use("frozen-step", "frozen, one step"),
     Use("frozen-itself", "frozen, one step, over our layer before freezing"),
     Use("int8-itself", "frozen in int8, one step, H ≥ 512, over our layer before freezing"),
     Use("frozen-peers", "frozen, inference, over the best of torch, ONNX Runtime, OpenVINO"),
     Use("bfloat16", "bfloat16 inference, over torch's bfloat16"),
     Use("bfloat16-training", "bfloat16 training step, over torch's bfloat16"),
-    Use("float16", "float16, inference and training", short=False),
-    Use("float64", "float64, inference and training", short=False),
+    Use("float16", "float16, inference and training"),
+    Use("float64", "float64, inference and training"),
     Use("memory", "peak memory of a training step, share of torch's", cost=True),
     Use(
         "busy-1",
         "two threads beside one busy program, times the idle time",
         True,
         "torch-busy-1",
-        short=False,
     ),
-    Use("busy-2", "two threads beside two busy programs", True, "torch-busy-2", short=False),
-    Use("first", "first call of a process, ms", True, "torch-first", short=False),
-    Use("import", "import after torch's, ms", cost=True, short=False),
+    Use("busy-2", "two threads beside two busy programs", True, "torch-busy-2"),
+    Use("first", "first call of a process, ms", True, "torch-first"),
+    Use("import", "import after torch's, ms", cost=True),
 )
 
 
@@ -93,6 +107,8 @@ def of_layer(cases: Cases, result: Result, group: str, value: float | None) -> N
         put(cases, value, group)
         if result["hidden_size"] >= LARGE and result["batch"] > 1:
             put(cases, value, f"large{kind}")
+        elif result["hidden_size"] < LARGE and kind:
+            put(cases, value, f"small{kind}")
 
 
 def of_step(cases: Cases, result: Result) -> None:
@@ -165,7 +181,6 @@ class Machine(NamedTuple):
     set_name: str
     uses: dict[str, list[float]]
     files: dict[str, Result]  # of the records that the uses come from, the facts
-    file_of: dict[str, str]  # of each use
 
     @property
     def processor(self) -> str:
@@ -191,8 +206,7 @@ def machines(records: dict[str, Result]) -> list[Machine]:
         files = {file: records[file]["facts"] for _, file, _ in sorted(newest.values(), reverse=True)}
         capability = next(iter(files.values()))["lstm_ext_cpu_capability"]
         uses = {use: values for use, (_, _, values) in newest.items()}
-        file_of = {use: file for use, (_, file, _) in newest.items()}
-        result.append(Machine(name, capability, uses, files, file_of))
+        result.append(Machine(name, capability, uses, files))
     order = list(SETS)
     return sorted(result, key=lambda m: (order.index(m.set_name), m.name))
 
@@ -237,12 +251,12 @@ def number_of_cases(use: Use, found: list[Machine]) -> str:
 
 
 def of_uses(found: list[Machine], by_set: bool) -> list[str]:
-    """The table: by instruction set, which leaves some uses out, or by machine."""
+    """The table: of the README by instruction set, or of all uses by machine."""
     columns, rows = columns_of(found, by_set), []
-    for use in [use for use in USES if use.short or not by_set]:
+    for use in [use for use in USES if use.first or not by_set]:
         cells = [cell(use, column) for column in columns.values()]
         if any(cells):
-            rows.append([use.title, *([] if by_set else [number_of_cases(use, found)]), *cells])
+            rows.append([use.first, *cells] if by_set else [use.title, number_of_cases(use, found), *cells])
     return table(["", *([] if by_set else ["cases"]), *columns], rows)
 
 
@@ -261,21 +275,6 @@ def sources(found: list[Machine], folder: str) -> list[str]:
             f"`{machine.set_name}`): {records}"
         )
     return lines
-
-
-def sources_in_line(found: list[Machine], folder: str, keys: Sequence[str]) -> str:
-    """The same of some uses, short: the text of a link is the processor."""
-    parts = []
-    for machine in found:
-        files = dict.fromkeys(machine.file_of[key] for key in keys if key in machine.file_of)
-        records = [
-            f"[{machine.processor}]({folder}/{file}) {dated(facts)} at {facts['git_commit'][:7]}"
-            for file, facts in machine.files.items()
-            if file in files
-        ]
-        if records:
-            parts.append(f"{SETS[machine.set_name]} {', '.join(records)}")
-    return "; ".join(parts)
 
 
 def slower(found: list[Machine]) -> list[str]:
