@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 import warnings
@@ -9,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy
 import onnx
 import onnxruntime
 import pytest
@@ -32,45 +32,34 @@ pytestmark = [
 I, H = 3, 4
 batch, time = Dim("batch"), Dim("time")
 
-# Constructor's arguments, whether there is an hx
-CASES = {
-    "plain": ({}, False),
-    "hx": ({}, True),
-    "batch_first": ({"batch_first": True}, True),
-    "both_directions": ({"bidirectional": True}, True),
-    "no_bias": ({"bias": False}, False),
-    "layers": ({"num_layers": 3, "bidirectional": True, "batch_first": True}, True),
-    "layers_without": ({"num_layers": 2, "bias": False, "bidirectional": True}, False),
-}
+
+def arrays(args: tuple) -> list[Any]:
+    return [x.numpy() for x in tree_leaves(args) if x is not None]
 
 
-def arguments(module: lstm_ext.LSTM, time: int, batch: int, has_hx: bool, dtype=torch.float32) -> tuple:
-    x = torch.randn((batch, time, I) if module.batch_first else (time, batch, I), dtype=dtype)
-    sets = module.num_layers * (2 if module.bidirectional else 1)
-    return (x, tuple(torch.randn(sets, batch, H, dtype=dtype) for _ in "hc")) if has_hx else (x,)
-
-
-def shapes(module: lstm_ext.LSTM, has_hx: bool) -> tuple:
-    x = {0: batch, 1: time} if module.batch_first else {0: time, 1: batch}
-    return (x, ({1: batch}, {1: batch})) if has_hx else (x,)
-
-
-def run(model: str | Path | onnx.ModelProto, args: tuple) -> list[Tensor]:
+def run(model: str | bytes | Path | onnx.ModelProto, args: tuple) -> list[Tensor]:
     if isinstance(model, onnx.ModelProto):
         model = model.SerializeToString()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model, options)
     names = [i.name for i in session.get_inputs()]
-    inputs = dict(zip(names, [x.numpy() for x in tree_leaves(args)], strict=True))
+    inputs = dict(zip(names, arrays(args), strict=True))
     return [torch.from_numpy(x) for x in session.run(None, inputs)]
 
 
-def assert_same(model: str | Path | onnx.ModelProto, module: nn.Module, calls: Sequence[tuple]) -> None:
+def evaluate(model: onnx.ModelProto, args: tuple) -> list[Tensor]:
+    """By onnx's own evaluator, which also runs an LSTM of float64."""
+    evaluator = ReferenceEvaluator(model)
+    inputs = dict(zip(evaluator.input_names, arrays(args), strict=True))
+    return [torch.from_numpy(x) for x in evaluator.run(None, inputs)]
+
+
+def assert_same(model: Any, module: nn.Module, calls: Sequence[tuple], by: Any = run) -> None:
     for args in calls:
         with torch.no_grad():
             expected = tree_leaves(module(*args))
-        results = run(model, args)
+        results = by(model, args)
         assert [x.shape for x in results] == [x.shape for x in expected]
         torch.testing.assert_close(results, expected)
 
@@ -79,25 +68,112 @@ def count(model: onnx.ModelProto, operator: str = "LSTM") -> int:
     return sum(node.op_type == operator for node in model.graph.node)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_layer(case: str) -> None:
-    options, has_hx = CASES[case]
-    module = lstm_ext.LSTM(I, H, **options).eval()
-    program = lstm_ext.onnx.export(
-        module, arguments(module, 5, 2, has_hx), dynamic_shapes=shapes(module, has_hx)
-    )
-    model = program.model_proto
+FUNCTIONS = {"gate_activation": "hard_sigmoid", "cell_activation": ("softsign", ("elu", 0.5))}
+OTHERS = {
+    "gate_activation": ("scaled_tanh", 0.9, 0.8),
+    "cell_activation": (("affine", 0.5, 0.1), ("leaky_relu", 0.3)),
+}
+# Arguments of the call, of the constructor, and the nodes of a layer and direction: one LSTM, or a Scan each.
+CASES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
+    "plain": (("hx",), {}, "LSTM"),
+    "no states": ((), {}, "LSTM"),
+    "layers": (("hx",), {"num_layers": 3, "bidirectional": True, "batch_first": True}, "LSTM"),
+    "no states, no bias": ((), {"num_layers": 2, "bias": False, "bidirectional": True}, "LSTM"),
+    "lengths": (("hx", "lengths"), {}, "LSTM"),
+    "lengths, layers": (
+        ("hx", "lengths"),
+        {"num_layers": 2, "bidirectional": True, "batch_first": True},
+        "LSTM",
+    ),
+    "lengths, no bias": (("hx", "lengths"), {"coupled_gates": True, "bias": False}, "LSTM"),
+    "attributes": (
+        ("hx", "lengths"),
+        {"peephole": True, "preactivation_clip": 1.0, "bidirectional": True},
+        "LSTM",
+    ),
+    "activations": (("hx", "lengths"), {**FUNCTIONS, "bidirectional": True}, "LSTM"),
+    "mask": (("hx", "mask"), {"bidirectional": True}, "LSTM"),
+    "projection": (("hx",), {"proj_size": 2, "num_layers": 2, "bidirectional": True}, "Scan"),
+    "resets": (("hx", "resets"), {"bidirectional": True}, "Scan"),
+    "resets to states": (
+        ("hx", "resets", "reset_state", "lengths", "return_cell_states", "return_gates"),
+        {"num_layers": 2, "bidirectional": True, "batch_first": True},
+        "Scan",
+    ),
+    "mask, resets, projection": (("hx", "mask", "resets"), {"proj_size": 3}, "Scan"),
+    "norm": (("hx", "lengths"), {"layer_norm": True, "bidirectional": True, "zoneout": (0.1, 0.2)}, "Scan"),
+    "norm, no bias": (("hx",), {"layer_norm": True, "bias": False, "cell_clip": 0.4}, "Scan"),
+    "cell": (("hx", "resets"), {"peephole": True, "cell_clip": 0.5, "coupled_gates": True, **OTHERS}, "Scan"),
+}
+
+
+SIZES = ((5, 3), (7, 4), (1, 2), (9, 1))  # of steps and sequences; the first is that of the export
+
+
+class Called(nn.Module):
+    """A layer that is called with these arguments."""
+
+    def __init__(self, names: Sequence[str], dtype: torch.dtype = torch.float32, **options: Any) -> None:
+        super().__init__()
+        self.has_hx, self.names = "hx" in names, [name for name in names if name != "hx"]
+        self.lstm = lstm_ext.LSTM(I, H, **options, dtype=dtype)
+        for p in self.lstm.parameters():
+            nn.init.normal_(p, 0, 0.4)
+
+    def forward(self, x: Tensor, hx: Any, given: tuple[Any, ...] = ()) -> Any:
+        returned = {n: True for n in self.names if n.startswith("return")}
+        given = dict(zip([n for n in self.names if n not in returned], given, strict=True))
+        return self.lstm(x, hx, **given, **returned)
+
+    def arguments(self, T: int, B: int) -> tuple:
+        first, sets = self.lstm.batch_first, self.lstm.num_layers * (2 if self.lstm.bidirectional else 1)
+        steps = (B, T) if first else (T, B)
+        states = [tuple(self.random(sets, B, n) for n in (self.lstm.proj_size or H, H)) for _ in range(2)]
+        everything = {
+            "lengths": torch.tensor([T, 0, *range(1, T + 1), *[T] * B][:B] if B > 1 else [max(T - 1, 0)]),
+            "mask": torch.rand(steps) < 0.6,
+            "resets": torch.rand(steps) < 0.4,
+            "reset_state": states[1],
+        }
+        given = tuple(everything[n] for n in self.names if n in everything)
+        return (self.random(*steps, I), states[0] if self.has_hx else None, *([given] if given else []))
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(shape).to(self.lstm.weight_ih_l0.dtype)
+
+    def shapes(self) -> tuple:
+        steps = {0: batch, 1: time} if self.lstm.batch_first else {0: time, 1: batch}
+        states = ({1: batch}, {1: batch})
+        everything = {"lengths": {0: batch}, "mask": steps, "resets": steps, "reset_state": states}
+        given = tuple(everything[n] for n in self.names if n in everything)
+        return (steps, states if self.has_hx else None, *([given] if given else []))
+
+
+def exported(model: Called, **how: Any) -> onnx.ModelProto:
+    """For any number of steps and sequences."""
+    args = model.eval().arguments(*SIZES[0])
+    return lstm_ext.onnx.export(model, args, dynamic_shapes=model.shapes(), **how).model_proto
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("loops", [False, True])
+def test_layers_at_any_size(name: str, loops: bool) -> None:
+    """In ONNX Runtime. One operator a layer where the standard has one that can it, else a loop."""
+    names, options, kind = CASES[name]
+    called = Called(names, **options)
+    module, model = called.lstm, exported(called, loops=loops)
     onnx.checker.check_model(model, full_check=True)
-    layers = [node for node in model.graph.node if node.op_type == "LSTM"]
-    assert len(layers) == module.num_layers
+    layers, directions = module.num_layers, 2 if module.bidirectional else 1
+    kind = "Scan" if loops else kind
+    expected = {"LSTM": layers, "Scan": 0} if kind == "LSTM" else {"LSTM": 0, "Scan": layers * directions}
+    assert {operator: count(model, operator) for operator in expected} == expected
     constants = {tensor.name for tensor in model.graph.initializer}
-    for layer in layers:
-        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in layer.attribute}
+    for node in [node for node in model.graph.node if node.op_type == "LSTM"]:
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         assert attributes["hidden_size"] == H and attributes.get("layout", 0) == 0
         assert attributes["direction"] == (b"bidirectional" if module.bidirectional else b"forward")
-        weights = layer.input[1 : 4 if module.bias else 3]
-        assert all(name in constants for name in weights)
-    assert_same(model, module, [arguments(module, *sizes, has_hx) for sizes in ((7, 3), (1, 1), (4, 2))])
+        assert set(node.input[1 : 4 if module.bias else 3]) <= constants
+    assert_same(model, called, [called.arguments(*size) for size in SIZES])
 
 
 class Model(nn.Module):
@@ -146,11 +222,9 @@ def test_file_of_a_model_with_large_weights(tmp_path: Path) -> None:
 
 
 def test_weights_that_the_model_computes() -> None:
-    module = lstm_ext.LSTM(I, H).eval()
-    nn.utils.parametrizations.weight_norm(module, "weight_hh_l0")
-    args = arguments(module, 5, 2, has_hx=False)
-    program = lstm_ext.onnx.export(module, args, dynamic_shapes=shapes(module, has_hx=False))
-    assert_same(program.model_proto, module, [arguments(module, 7, 3, has_hx=False)])
+    called = Called(())
+    nn.utils.parametrizations.weight_norm(called.lstm, "weight_hh_l0")
+    assert_same(exported(called), called, [called.arguments(7, 3)])
 
     class Generated(nn.Module):
         def forward(self, x: Tensor, w_ih: Tensor, w_hh: Tensor) -> Tensor:
@@ -183,63 +257,52 @@ def test_other_calls(kind: str) -> None:
     assert_same(program.model_proto, model, calls)
 
 
-def test_float64() -> None:
-    """Which the standard allows and ONNX Runtime does not compute: onnx's own evaluator does."""
-    module = lstm_ext.LSTM(I, H, 2, dtype=torch.float64).eval()
-    args = arguments(module, 5, 2, True, torch.float64)
-    with pytest.warns(UserWarning, match="ONNX Runtime refuses an LSTM of float64.*loops=True"):
-        program = lstm_ext.onnx.export(module, args, dynamic_shapes=shapes(module, has_hx=True))
-    with pytest.raises(Exception, match="LSTM operator does not support double yet"):
-        run(program.model_proto, args)
-    onnx.checker.check_model(program.model_proto, full_check=True)
-    evaluator = ReferenceEvaluator(program.model_proto)
-    args = arguments(module, 7, 3, True, torch.float64)
-    results = evaluator.run(
-        None, dict(zip(evaluator.input_names, [x.numpy() for x in tree_leaves(args)], strict=True))
-    )
-    expected = [x.detach().numpy() for x in tree_leaves(module(*args))]
-    for x, y in zip(results, expected, strict=True):
-        assert x.dtype == numpy.float64
-        numpy.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-14)
+FLOAT64 = {"dtype": torch.float64}
+# float16 is computed in float32, as in the kernels. The evaluator runs no loop backwards.
+OF_OTHER_TYPES: dict[str, tuple[dict[str, Any], bool, Any]] = {
+    "float16": ({"dtype": torch.float16, "bidirectional": True}, False, run),
+    "float16, projection": ({"dtype": torch.float16, "bidirectional": True, "proj_size": 2}, False, run),
+    "float64, projection": ({**FLOAT64, "proj_size": 2}, False, evaluate),
+    **{
+        f"float64, loop, {f}": ({**FLOAT64, "bidirectional": True, "cell_activation": f}, True, run)
+        for f in ("tanh", "relu", "affine", "scaled_tanh")
+    },
+}
 
 
-@pytest.mark.parametrize("activation", ["tanh", "relu", "affine", "scaled_tanh"])
-def test_onnx_runtime_runs_the_loop_of_float64(activation: str) -> None:
-    module = lstm_ext.LSTM(I, H, bidirectional=True, cell_activation=activation, dtype=torch.float64).eval()
-    args = arguments(module, 5, 2, True, torch.float64)
+@pytest.mark.parametrize("name", OF_OTHER_TYPES)
+def test_other_types(name: str) -> None:
+    options, loops, by = OF_OTHER_TYPES[name]
+    called = Called(("hx",), **options)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "lstm_ext")
-        program = lstm_ext.onnx.export(module, args, dynamic_shapes=shapes(module, has_hx=True), loops=True)
-    assert_same(program.model_proto, module, [arguments(module, 7, 3, True, torch.float64)])
+        model = exported(called, loops=loops)
+    assert_same(model, called, [called.arguments(7, 3)], by)
 
 
-def test_float16() -> None:
-    """Computed in float32, as in the kernels."""
-    module = lstm_ext.LSTM(I, H, bidirectional=True, dtype=torch.float16).eval()
-    args = arguments(module, 5, 2, True, torch.float16)
-    program = lstm_ext.onnx.export(module, args, dynamic_shapes=shapes(module, has_hx=True))
-    assert_same(program.model_proto, module, [arguments(module, 7, 3, True, torch.float16)])
+def test_an_operator_of_float64() -> None:
+    """The standard allows it, and ONNX Runtime does not compute it."""
+    called = Called(("hx",), num_layers=2, **FLOAT64)
+    with pytest.warns(UserWarning, match="ONNX Runtime refuses an LSTM of float64.*loops=True"):
+        model = exported(called)
+    with pytest.raises(Exception, match="LSTM operator does not support double yet"):
+        run(model, called.arguments(5, 2))
+    onnx.checker.check_model(model, full_check=True)
+    assert_same(model, called, [called.arguments(7, 3)], evaluate)
 
 
 @pytest.mark.parametrize("opset", [18, 22])
 def test_opsets(opset: int) -> None:
-    module = lstm_ext.LSTM(I, H).eval()
-    program = lstm_ext.onnx.export(
-        module,
-        arguments(module, 5, 2, False),
-        dynamic_shapes=shapes(module, False),
-        opset_version=opset,
-    )
-    model = program.model_proto
+    called = Called(())
+    model = exported(called, opset_version=opset)
     onnx.checker.check_model(model, full_check=True)
     assert {o.domain: o.version for o in model.opset_import}[""] == opset
-    assert_same(model, module, [arguments(module, 7, 3, False)])
+    assert_same(model, called, [called.arguments(7, 3)])
 
 
 def test_exported_program_names_and_own_translations() -> None:
-    module = lstm_ext.LSTM(I, H).eval()
-    args = arguments(module, 5, 2, has_hx=False)
-    program = torch.export.export(module, args, dynamic_shapes=shapes(module, has_hx=False))
+    called = Called(()).eval()
+    program = torch.export.export(called, called.arguments(5, 2), dynamic_shapes=called.shapes())
     calls = []
 
     def own(input, h0, c0, weights, batch_sizes, has_bias, bidirectional):
@@ -256,186 +319,56 @@ def test_exported_program_names_and_own_translations() -> None:
     assert calls == [True]
     assert [i.name for i in result.model_proto.graph.input] == ["x"]
     assert [o.name for o in result.model_proto.graph.output] == ["y", "h", "c"]
-    assert_same(result.model_proto, module, [arguments(module, 7, 3, has_hx=False)])
-
-
-FUNCTIONS = {"gate_activation": "hard_sigmoid", "cell_activation": ("softsign", ("elu", 0.5))}
-OTHERS = {
-    "gate_activation": ("scaled_tanh", 0.9, 0.8),
-    "cell_activation": (("affine", 0.5, 0.1), ("leaky_relu", 0.3)),
-}
-# Arguments of the call, of the constructor, and the nodes of a layer and direction: one LSTM, or a Scan each.
-WITH_OPTIONS: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
-    "lengths": (("lengths",), {}, "LSTM"),
-    "lengths, layers": (("lengths",), {"num_layers": 2, "bidirectional": True, "batch_first": True}, "LSTM"),
-    "lengths, no bias": (("lengths",), {"coupled_gates": True, "bias": False}, "LSTM"),
-    "attributes": (
-        ("lengths",),
-        {"peephole": True, "preactivation_clip": 1.0, "bidirectional": True},
-        "LSTM",
-    ),
-    "activations": (("lengths",), {**FUNCTIONS, "bidirectional": True}, "LSTM"),
-    "mask": (("mask",), {"bidirectional": True}, "LSTM"),
-    "projection": ((), {"proj_size": 2, "num_layers": 2, "bidirectional": True}, "Scan"),
-    "resets": (("resets",), {"bidirectional": True}, "Scan"),
-    "resets to states": (
-        ("resets", "reset_state", "lengths", "return_cell_states", "return_gates"),
-        {"num_layers": 2, "bidirectional": True, "batch_first": True},
-        "Scan",
-    ),
-    "mask, resets, projection": (("mask", "resets"), {"proj_size": 3}, "Scan"),
-    "norm": (("lengths",), {"layer_norm": True, "bidirectional": True, "zoneout": (0.1, 0.2)}, "Scan"),
-    "norm, no bias": ((), {"layer_norm": True, "bias": False, "cell_clip": 0.4}, "Scan"),
-    "cell": (("resets",), {"peephole": True, "cell_clip": 0.5, "coupled_gates": True, **OTHERS}, "Scan"),
-}
-
-
-class Called(nn.Module):
-    """A layer that is called with these arguments."""
-
-    def __init__(self, names: Sequence[str], **options: Any) -> None:
-        super().__init__()
-        self.names = names
-        self.lstm = lstm_ext.LSTM(I, H, **options)
-        for p in self.lstm.parameters():
-            nn.init.normal_(p, 0, 0.4)
-
-    def forward(self, x: Tensor, hx: Any, given: tuple[Any, ...] = ()) -> Any:
-        returned = {n: True for n in self.names if n.startswith("return")}
-        given = dict(zip([n for n in self.names if n not in returned], given, strict=True))
-        return self.lstm(x, hx, **given, **returned)
-
-    def arguments(self, T: int, B: int) -> tuple:
-        first, sets = self.lstm.batch_first, self.lstm.num_layers * (2 if self.lstm.bidirectional else 1)
-        steps = (B, T) if first else (T, B)
-        states = [tuple(torch.randn(sets, B, n) for n in (self.lstm.proj_size or H, H)) for _ in range(2)]
-        everything = {
-            "lengths": torch.tensor([T, 0, *range(1, T + 1), *[T] * B][:B] if B > 1 else [max(T - 1, 0)]),
-            "mask": torch.rand(steps) < 0.6,
-            "resets": torch.rand(steps) < 0.4,
-            "reset_state": states[1],
-        }
-        given = tuple(everything[n] for n in self.names if n in everything)
-        return (torch.randn(*steps, I), states[0], *([given] if given else []))
-
-    def shapes(self) -> tuple:
-        steps = {0: batch, 1: time} if self.lstm.batch_first else {0: time, 1: batch}
-        states = ({1: batch}, {1: batch})
-        everything = {"lengths": {0: batch}, "mask": steps, "resets": steps, "reset_state": states}
-        given = tuple(everything[n] for n in self.names if n in everything)
-        return (steps, states, *([given] if given else []))
-
-
-SIZES = ((5, 3), (7, 4), (1, 2), (9, 1))  # of steps and sequences; the first is that of the export
-
-
-@pytest.mark.parametrize("name", WITH_OPTIONS)
-@pytest.mark.parametrize("loops", [False, True])
-def test_options_at_any_size(name: str, loops: bool) -> None:
-    """In ONNX Runtime. One operator a layer where the standard has one that can it, else a loop."""
-    names, options, kind = WITH_OPTIONS[name]
-    model = Called(names, **options).eval()
-    exported = lstm_ext.onnx.export(
-        model, model.arguments(*SIZES[0]), dynamic_shapes=model.shapes(), loops=loops
-    ).model_proto
-    onnx.checker.check_model(exported, full_check=True)
-    layers, directions = model.lstm.num_layers, 2 if model.lstm.bidirectional else 1
-    kind = "Scan" if loops else kind
-    expected = {"LSTM": layers, "Scan": 0} if kind == "LSTM" else {"LSTM": 0, "Scan": layers * directions}
-    assert {operator: count(exported, operator) for operator in expected} == expected
-    assert_same(exported, model, [model.arguments(*size) for size in SIZES])
+    assert_same(result.model_proto, called, [called.arguments(7, 3)])
 
 
 # OpenVINO leaves sequence_lens, peepholes and input_forget of the operator out, so these are loops.
-@pytest.mark.parametrize("name", [name for name, (_, _, kind) in WITH_OPTIONS.items() if name != "mask"])
-def test_options_in_openvino(name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in CASES if name != "mask"])
+def test_openvino(name: str) -> None:
     openvino = pytest.importorskip("openvino")
-    names, options, kind = WITH_OPTIONS[name]
-    model = Called(names, **options).eval()
-    exported = lstm_ext.onnx.export(
-        model, model.arguments(*SIZES[0]), dynamic_shapes=model.shapes(), loops=kind == "LSTM"
-    ).model_proto
-    core = openvino.Core()
+    names, options, kind = CASES[name]
+    called = Called(names, **options)
+    core, model = openvino.Core(), exported(called, loops=kind == "LSTM")
     compiled = core.compile_model(
-        core.read_model(exported.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+        core.read_model(model.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
-    for size in SIZES:
-        args = model.arguments(*size)
-        results = compiled([x.numpy() for x in tree_leaves(args)])
-        with torch.no_grad():
-            expected = tree_leaves(model(*args))
-        torch.testing.assert_close([torch.from_numpy(results[k]) for k in range(len(expected))], expected)
+
+    def by(_: Any, args: tuple) -> list[Tensor]:
+        results = compiled(arrays(args))
+        return [torch.from_numpy(results[k]) for k in range(len(results))]
+
+    assert_same(model, called, [called.arguments(*size) for size in SIZES], by)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_loops_of_other_types(dtype: torch.dtype) -> None:
-    """float16 is computed in float32; float64 by onnx's own evaluator."""
-    both = dtype == torch.float16  # the evaluator runs no loop backwards
-    module = lstm_ext.LSTM(I, H, proj_size=2, bidirectional=both, dtype=dtype).eval()
-    x = torch.randn(5, 2, I, dtype=dtype)
-    model = lstm_ext.onnx.export(module, (x,), dynamic_shapes=({0: time, 1: batch},)).model_proto
-    other = torch.randn(7, 3, I, dtype=dtype)
-    if dtype == torch.float16:
-        assert_same(model, module, [(other,)])
-        return
-    results = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: other.numpy()})
-    torch.testing.assert_close([torch.from_numpy(r) for r in results], tree_leaves(module(other)))
-
-
-@pytest.mark.parametrize("name", [name for name, (_, _, kind) in WITH_OPTIONS.items() if kind == "LSTM"])
+@pytest.mark.parametrize("name", [name for name, (_, _, kind) in CASES.items() if kind == "LSTM"])
 def test_there_and_back(name: str) -> None:
     """The layers of a model that was exported, from its file."""
-    options = {"batch_first": False, **WITH_OPTIONS[name][1]} | {"batch_first": False}
-    module = Called((), **options).lstm.eval()
-    x = torch.randn(6, 3, I)
-    args = (x, torch.tensor([6, 0, 2]), *[torch.randn_like(s) for s in module(x)[1]])
-    changing = ({0: time, 1: batch}, {0: batch}, {1: batch}, {1: batch})
-    model = lstm_ext.onnx.export(Lengths(module), args, dynamic_shapes=changing).model_proto
-    layers = list(lstm_ext.from_onnx(model).values())
-    assert len(layers) == module.num_layers
-    y = x
+    called = Called(("hx", "lengths"), **{**CASES[name][1], "batch_first": False})
+    layers = list(lstm_ext.from_onnx(exported(called)).values())
+    assert len(layers) == called.lstm.num_layers
+    y = x = torch.randn(6, 3, I)
     for layer in layers:
         y = layer(y)[0]
-    torch.testing.assert_close(y, module(x)[0])
-    assert_same(model, Lengths(module), [args])
-
-
-class Lengths(nn.Module):
-    def __init__(self, layer: lstm_ext.LSTM) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor, lengths: Tensor, h: Tensor, c: Tensor) -> Any:
-        return self.layer(x, (h, c), lengths=lengths)
+    torch.testing.assert_close(y, called.lstm(x)[0])
 
 
 @pytest.mark.parametrize("name", ["norm", "cell", "attributes"])
 def test_exported_program_with_options(name: str) -> None:
     """Made outside of an export to ONNX, it holds the layer's own operator."""
-    names, options, _ = WITH_OPTIONS[name]
+    names, options, _ = CASES[name]
     model = Called(names, **options).eval()
     program = torch.export.export(model, model.arguments(*SIZES[0]), dynamic_shapes=model.shapes())
-    exported = lstm_ext.onnx.export(program).model_proto
-    assert_same(exported, model, [model.arguments(*size) for size in SIZES])
+    assert_same(lstm_ext.onnx.export(program).model_proto, model, [model.arguments(*size) for size in SIZES])
 
 
 def test_what_is_random_needs_a_number_of_steps() -> None:
-    module = lstm_ext.LSTM(I, H, zoneout=0.5)
-    args = arguments(module, 5, 2, has_hx=False)
-    program = torch.export.export(module, args, dynamic_shapes=({1: batch},))
+    called = Called((), zoneout=0.5)
+    args = called.arguments(5, 2)
+    program = torch.export.export(called, args, dynamic_shapes=({1: batch}, None))
     assert count(lstm_ext.onnx.export(program).model_proto, "Scan") == 0
-    program = torch.export.export(module, args, dynamic_shapes=shapes(module, has_hx=False))
+    program = torch.export.export(called, args, dynamic_shapes=called.shapes())
     with pytest.raises(lstm_ext.onnx.UnsupportedLayerError, match="a fixed number of steps"):
         lstm_ext.onnx.export(program)
-
-
-@pytest.mark.parametrize("option", ["weight_dropout", "recurrent_dropout"])
-def test_a_mask_is_no_constant(option: str) -> None:
-    module = lstm_ext.LSTM(I, H, **{option: 0.5})
-    with pytest.raises(
-        lstm_ext.onnx.UnsupportedLayerError, match=rf"{option} in training mode .* call eval\(\)"
-    ):
-        lstm_ext.onnx.export(module, arguments(module, 5, 2, has_hx=False))
 
 
 class Packed(nn.Module):
@@ -447,17 +380,35 @@ class Packed(nn.Module):
         return self.lstm(PackedSequence(data, *rest))[0].data
 
 
-def test_what_onnx_cannot_express() -> None:
-    packed = pack_padded_sequence(torch.randn(5, 2, I), torch.tensor([3, 5]), enforce_sorted=False)
-    for model, args, said in (
-        (Packed(), tuple(packed), "a PackedSequence cannot be exported"),
-        (Packed(layer_norm=True), tuple(packed), "a PackedSequence cannot be exported"),
-    ):
-        with pytest.raises(lstm_ext.onnx.UnsupportedLayerError, match=said):
-            lstm_ext.onnx.export(model.eval(), args)
-    # Other errors are torch's own.
-    with pytest.raises(torch.onnx.OnnxExporterError):
-        lstm_ext.onnx.export(lstm_ext.LSTM(I, H).eval(), (torch.randn(5, 2, I + 1),))
+X = torch.zeros(5, 2, I)
+PACKED = tuple(pack_padded_sequence(X, torch.tensor([3, 5]), enforce_sorted=False))
+UNSUPPORTED = lstm_ext.onnx.UnsupportedLayerError
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "error", "text"),
+    [
+        (
+            lstm_ext.LSTM(I, H, weight_dropout=0.5),
+            (X,),
+            UNSUPPORTED,
+            r"weight_dropout in training .*eval\(\)",
+        ),
+        (
+            lstm_ext.LSTM(I, H, recurrent_dropout=0.5),
+            (X,),
+            UNSUPPORTED,
+            r"recurrent_dropout in training .*eval\(\)",
+        ),
+        (Packed().eval(), PACKED, UNSUPPORTED, "a PackedSequence cannot be exported"),
+        (Packed(layer_norm=True).eval(), PACKED, UNSUPPORTED, "a PackedSequence cannot be exported"),
+        (lstm_ext.LSTM(I + 1, H).eval(), (X,), torch.onnx.OnnxExporterError, ""),  # torch's own
+    ],
+    ids=["weight_dropout", "recurrent_dropout", "packed", "packed, layer_norm", "features"],
+)
+def test_what_onnx_cannot_express(model: nn.Module, args: tuple, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        lstm_ext.onnx.export(model, args)
 
 
 def test_an_option_that_onnx_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,3 +433,57 @@ def test_needs_its_packages_only_when_called(monkeypatch: pytest.MonkeyPatch) ->
         ImportError, match=r"lstm_ext\.onnx needs onnx and onnxscript: pip install onnx onnxscript"
     ):
         lstm_ext.onnx.export(lstm_ext.LSTM(I, H), (torch.randn(5, 2, I),))
+
+
+# --- torch.onnx.export, without lstm_ext.onnx
+
+
+def by_torch_alone(model: nn.Module, args: tuple, **how: Any) -> onnx.ModelProto:
+    if (
+        torch.__version__.startswith("2.11.")
+        and sum(m.num_layers for m in model.modules() if hasattr(m, "num_layers")) > 1
+    ):
+        pytest.skip("torch 2.11 cannot export two of its operators to ONNX")
+    return torch.onnx.export(model.eval(), args, dynamo=True, verbose=False, **how).model_proto
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "no states", "layers", "no states, no bias", "projection", "norm, no bias"]
+)
+def test_torch_alone(name: str) -> None:
+    """What torch has no layer for is in basic operators. The number of steps is that of the export."""
+    called = Called(*CASES[name][:1], **CASES[name][1])
+    steps = {0: batch} if called.lstm.batch_first else {1: batch}
+    states = ({1: batch}, {1: batch}) if called.has_hx else None
+    model = by_torch_alone(called, called.arguments(5, 2), dynamic_shapes=(steps, states))
+    assert_same(model, called, [called.arguments(5, 3)])
+
+
+@pytest.mark.parametrize("kind", [lstm_ext.LSTMCell, lstm_ext.TorchLSTM])
+def test_torch_alone_on_other_classes(kind: Any) -> None:
+    layer, x = kind(I, H), torch.randn(2, I)
+    assert_same(by_torch_alone(layer, (x,)), layer, [(x,)])
+
+
+def test_torch_alone_refuses_a_time_that_changes() -> None:
+    with pytest.raises(torch.onnx.OnnxExporterError, match=r"fixed number of steps.*lstm_ext\.onnx\.export"):
+        by_torch_alone(lstm_ext.LSTM(I, H), (X,), dynamic_shapes=({0: time},))
+
+
+def test_torch_with_our_table() -> None:
+    """One of several translations, in a table of the caller's own; then none, which is another export."""
+    layer, table = lstm_ext.LSTM(I, H), {**lstm_ext.onnx.translation_table()}
+    model = by_torch_alone(layer, (X,), dynamic_shapes=({0: time},), custom_translation_table=table)
+    assert count(model) == 1
+    assert_same(model, layer, [(torch.randn(7, 2, I),)])
+    assert_same(by_torch_alone(layer, (X,)), layer, [(torch.randn(5, 2, I),)])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_layers": 3, "dropout": 0.5}, {"batch_first": True, "bias": False}]
+)
+def test_the_older_exporter(options: dict[str, Any]) -> None:
+    model, file = lstm_ext.convert(nn.Sequential(nn.LSTM(I, H, **options))).eval(), io.BytesIO()
+    torch.onnx.export(model, (X,), file, dynamo=False)
+    assert_same(file.getvalue(), model, [(torch.randn(5, 2, I),)])
+    assert type(model[0]) is lstm_ext.TorchLSTM

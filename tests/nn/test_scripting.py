@@ -1,34 +1,30 @@
-"""Models with our layers in ``torch.jit.script`` and ``torch.onnx.export``, which see torch's layers in their place."""
+"""Models with our layers in ``torch.jit`` and ``torch.fx``, which see the layers of torch.
+
+The numbers of dense calls are those of the routes TorchScript and trace of tests/matrix.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import io
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
+from lstm_models import LIBRARIES, OURS, SUBCLASSES, Doubling, LayerAndCell, OurHalving, PlainOurs
 from matrix.routes import Holder as Padded
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import lstm_ext
+from lstm_ext.options import OPTIONS
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore"
-)  # torch's deprecation of TorchScript; its exporter, about itself
-
-
-class Tagger(nn.Module):
-    def __init__(self, kind=nn.LSTM, cell=nn.LSTMCell, **options):
-        super().__init__()
-        self.lstm = kind(5, 7, 2, bidirectional=True, **options)
-        self.cell = cell(14, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.cell(self.lstm(x)[0].sum(0))[0]
+# torch's deprecation of TorchScript
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Packed(nn.Module):
@@ -56,45 +52,25 @@ LAYERS = {
 }
 
 
-# torch.jit.script: the numbers
+# torch.jit.script: calls
 
 
-def arguments(lstm: nn.LSTM, kind: str) -> list[tuple]:
+def arguments(lstm: nn.LSTM) -> list[tuple]:
     sets = lstm.num_layers * (2 if lstm.bidirectional else 1)
-    if kind == "unbatched":
-        x: object = torch.randn(5, 3)
-        shape: tuple[int, ...] = ()
-    elif kind == "packed":
-        x, shape = pack_sequence([torch.randn(n, 3) for n in (2, 5)], enforce_sorted=False), (2,)
-    else:
-        x = torch.randn(5, 2, 3)
-        shape = (5 if lstm.batch_first else 2,)
-    h = torch.randn(sets, *shape, lstm.proj_size or lstm.hidden_size)
-    return [(x,), (x, (h, torch.randn(sets, *shape, lstm.hidden_size)))]
+    rows = 5 if lstm.batch_first else 2
+    h = torch.randn(sets, rows, lstm.proj_size or lstm.hidden_size)
+    x = torch.randn(5, 2, 3)
+    return [(x,), (x, (h, torch.randn(sets, rows, lstm.hidden_size)))]
 
 
-@pytest.mark.parametrize("kind", ["batched", "unbatched", "packed"])
 @pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
-def test_scripted_layer_is_torchs(options, kind):
-    theirs = nn.LSTM(3, 4, **options)
-    holder = Packed if kind == "packed" else Padded
-    scripted = torch.jit.script(holder(lstm_ext.convert(copy.copy(theirs), as_subclass=False)))
-    expected = torch.jit.script(holder(theirs))
-    for args in arguments(theirs, kind):
+def test_packed_data_of_a_scripted_layer(options):
+    theirs = nn.LSTM(3, 4, **{**options, "batch_first": False})
+    scripted = torch.jit.script(Packed(lstm_ext.convert(copy.copy(theirs), as_subclass=False)))
+    expected = torch.jit.script(Packed(theirs))
+    packed = pack_sequence([torch.randn(n, 3) for n in (2, 5)], enforce_sorted=False)
+    for args in ((packed,), (packed, arguments(theirs)[1][1])):
         torch.testing.assert_close(scripted(*args), expected(*args), rtol=0, atol=0)
-
-
-def test_scripted_layer_draws_torchs_dropout():
-    theirs = nn.LSTM(3, 4, 3, dropout=0.5)
-    scripted, expected = (
-        torch.jit.script(Padded(m)) for m in (lstm_ext.convert(copy.copy(theirs), as_subclass=False), theirs)
-    )
-    x, results = torch.randn(5, 2, 3), []
-    for model in (scripted, expected):
-        torch.manual_seed(3)
-        results.append(model(x)[0])
-    assert torch.equal(*results)
-    assert torch.equal(scripted.eval()(x)[0], expected.eval()(x)[0])
 
 
 def test_errors_of_a_scripted_layer_are_torchs():
@@ -134,13 +110,14 @@ def test_scripted_cell_is_torchs(cell, bias):
 # torch.jit.script: the model
 
 
-def test_the_model_stays_converted():
-    model = lstm_ext.convert(Tagger())
-    layers, x = ours_of(model), torch.randn(4, 2, 5)
-    classes = [type(m) for m in layers]
-    scripted = torch.jit.script(model)
+@pytest.mark.parametrize("library", [OURS, SUBCLASSES, LIBRARIES["patched"]])
+def test_the_model_stays_converted(library):
+    model, x = LayerAndCell(*library), torch.randn(4, 2, 5)
+    layers = ours_of(model)
+    with lstm_ext.patch() if library is LIBRARIES["patched"] else contextlib.nullcontext():
+        scripted = torch.jit.script(model)
     assert model.lstm is model._modules["lstm"] is layers[0] and model.cell is layers[1]
-    assert [type(m) for m in layers] == classes == [lstm_ext.TorchLSTM, lstm_ext.TorchLSTMCell]
+    assert [type(m) for m in layers] == list(library)
     torch.testing.assert_close(scripted(x), model(x))
     torch.testing.assert_close(torch.jit.freeze(copy.deepcopy(scripted).eval())(x), model(x))
     # The same weights, and not copies of them.
@@ -151,21 +128,6 @@ def test_the_model_stays_converted():
     scripted(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     torch.testing.assert_close(torch.jit.script(model)(x), model(x))
-
-
-@pytest.mark.parametrize("how", ["convert", "plain", "patch"])
-def test_layers_of_every_class(how):
-    if how == "patch":
-        with lstm_ext.patch():
-            model = Tagger(nn.LSTM, nn.LSTMCell)
-            scripted = torch.jit.script(model)
-    else:
-        model = lstm_ext.convert(Tagger(), as_subclass=how == "convert")
-        scripted = torch.jit.script(model)
-    layers = ours_of(model)
-    assert len(layers) == 2
-    x = torch.randn(4, 2, 5)
-    torch.testing.assert_close(scripted(x), model(x))
     torch.testing.assert_close(torch.jit.script(lstm_ext.revert(model))(x), scripted(x), rtol=0, atol=0)
 
 
@@ -211,7 +173,7 @@ class Unscriptable(nn.Module):
 
 
 def test_the_model_stays_converted_after_a_failure():
-    model = nn.Sequential(lstm_ext.convert(Tagger()), Unscriptable())
+    model = nn.Sequential(lstm_ext.convert(LayerAndCell()), Unscriptable())
     layers = ours_of(model)
     with pytest.raises(Exception, match=r"sep|print|eyword"):
         torch.jit.script(model)
@@ -231,12 +193,6 @@ def test_a_scripted_layer_is_still_copied_and_converted():
     torch.testing.assert_close(torch.jit.script(model)(x)[0], model(x)[0])
 
 
-def test_convert_names_a_scripted_model():
-    scripted = torch.jit.script(Padded(lstm_ext.LSTM(3, 4)))
-    with pytest.raises(TypeError, match=r"compiled by torch\.jit; convert the model it was compiled from"):
-        lstm_ext.convert(scripted)
-
-
 LOADING = """
 import sys
 sys.modules["lstm_ext"] = None  # no such module
@@ -247,59 +203,15 @@ torch.testing.assert_close(model(x), expected)
 
 
 def test_a_saved_model_needs_no_lstm_ext(tmp_path):
-    model, x = lstm_ext.convert(Tagger()), torch.randn(4, 2, 5)
+    model, x = lstm_ext.convert(LayerAndCell()), torch.randn(4, 2, 5)
     torch.jit.script(model).save(tmp_path / "model.pt")
     torch.save((x, model(x).detach()), tmp_path / "values.pt")
     command = [sys.executable, "-c", LOADING, tmp_path / "model.pt", tmp_path / "values.pt"]
     subprocess.run(command, check=True, cwd=tmp_path)
 
 
-@pytest.mark.parametrize(
-    "option",
-    [p.name for p in inspect.signature(lstm_ext.LSTM).parameters.values() if p.kind is p.KEYWORD_ONLY],
-)
-def test_options_are_refused_by_name(option):
-    values = {
-        "weight_dropout": 0.1,
-        "recurrent_dropout": 0.1,
-        "zoneout": 0.1,
-        "cell_clip": 1.0,
-        "forget_bias": 1.0,
-    }
-    values |= {"gate_activation": "relu", "cell_activation": "relu", "preactivation_clip": 1.0}
-    value = values.get(option, True)
-    model = Tagger(lstm_ext.LSTM, lstm_ext.LSTMCell, **{option: value})
-    layers = ours_of(model)
-    with pytest.raises(RuntimeError, match=rf"has no {option}: use torch\.export, or lstm_ext\.onnx"):
-        torch.jit.script(model)
-    assert ours_of(model) == layers
-
-
-class Doubling(nn.LSTM):
-    def forward(self, x, hx=None):
-        output, states = super().forward(x, hx)
-        return 2 * output, states
-
-
-class Halving(lstm_ext.LSTMCell):
-    def forward(self, x, hx=None):
-        h, c = super().forward(x, hx)
-        return h / 2, c
-
-
-@pytest.mark.parametrize("make", [lambda: Doubling(3, 4), lambda: Halving(3, 4)], ids=["layer", "cell"])
-def test_a_forward_of_its_own_is_refused(make):
-    model = lstm_ext.convert(nn.Sequential(make()), subclasses=True)
-    with pytest.raises(RuntimeError, match=r"(Doubling|Halving) has a forward of its own.*lstm_ext\.revert"):
-        torch.jit.script(model)
-
-
 def test_a_subclass_that_overrides_nothing():
-    class Empty(lstm_ext.LSTM):
-        pass
-
-    model = nn.Sequential(Empty(3, 4))
-    x = torch.randn(5, 2, 3)
+    model, x = nn.Sequential(PlainOurs(3, 4)), torch.randn(5, 2, 3)
     torch.testing.assert_close(torch.jit.script(model)(x)[0], model(x)[0])
 
 
@@ -342,7 +254,7 @@ def test_a_script_module_holds_our_layers(options, as_subclass, tmp_path):
     model = Compiled(*lstm_ext.convert(ours, as_subclass=as_subclass))
     assert list(model.state_dict()) == list(expected.state_dict())
     model.save(tmp_path / "model.pt")
-    for args in arguments(theirs, "batched"):
+    for args in arguments(theirs):
         result = expected(*args)
         torch.testing.assert_close(model(*args), result, rtol=0, atol=0)
         torch.testing.assert_close(torch.jit.load(tmp_path / "model.pt")(*args), result, rtol=0, atol=0)
@@ -352,28 +264,50 @@ def test_a_script_module_holds_our_layers(options, as_subclass, tmp_path):
 
 def test_a_script_module_takes_packed_sequences():
     theirs = nn.LSTM(3, 4, 2)
-    (x,) = arguments(theirs, "packed")[0]
+    x = pack_sequence([torch.randn(n, 3) for n in (2, 5)], enforce_sorted=False)
     model = CompiledPacked(lstm_ext.convert(copy.copy(theirs), as_subclass=False))
     torch.testing.assert_close(model(x), CompiledPacked(theirs)(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("make", "text"),
-    [
-        (lambda: lstm_ext.LSTM(3, 4, zoneout=0.1), r"has no zoneout: use torch\.export"),
-        (lambda: lstm_ext.freeze(lstm_ext.LSTM(3, 4)), r"do not know frozen layers"),
-        (lambda: lstm_ext.convert(Doubling(3, 4), subclasses=True), r"Doubling has a forward of its own"),
-    ],
-    ids=["option", "frozen", "subclass"],
-)
-def test_a_script_module_refuses_what_torch_jit_script_refuses(make, text):
+def of_its_own(cls: type) -> Any:
+    return lstm_ext.convert(cls(3, 3), subclasses=True)
+
+
+VALUES = {
+    "cell_clip": 1.0,
+    "forget_bias": 1.0,
+    "preactivation_clip": 1.0,
+    "layer_norm": True,
+    "peephole": True,
+}
+VALUES |= {"gate_activation": "relu", "cell_activation": "relu", "coupled_gates": True, "recompute": True}
+REFUSED = {
+    **{
+        name: (
+            lambda name=name: lstm_ext.LSTM(3, 3, **{name: VALUES.get(name, 0.1)}),
+            rf"has no {name}: use torch\.ex",
+        )
+        for name in OPTIONS
+    },
+    "frozen": (lambda: lstm_ext.freeze(lstm_ext.LSTM(3, 3)), "do not know frozen layers"),
+    "layer": (lambda: of_its_own(Doubling), r"Doubling has a forward of its own.*lstm_ext\.revert"),
+    "cell": (lambda: of_its_own(OurHalving), r"OurHalving has a forward of its own.*lstm_ext\.revert"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_refused_by_name(kind):
+    make, text = REFUSED[kind]
+    model = nn.Sequential(nn.Identity(), make())
+    layer = model[1]
     with pytest.raises(RuntimeError, match=text):
-        CompiledPacked(make())
-    with pytest.raises(RuntimeError, match=r"Halving has a forward of its own"):
-        Compiled(nn.LSTM(3, 4), Halving(4, 4))
+        torch.jit.script(model)
+    assert model[1] is layer
+    with pytest.raises(RuntimeError, match=text):
+        Compiled(nn.Identity(), layer) if kind == "cell" else Compiled(layer, nn.Identity())
 
 
-class WithExport(Tagger):
+class WithExport(LayerAndCell):
     @torch.jit.export
     def twice(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * x
@@ -402,6 +336,17 @@ def test_the_cells_own_interface_is_as_it_was():
 # torch.jit.trace and torch.fx
 
 
+@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
+def test_a_trace_has_torchs_layer(options):
+    """As of torch.nn.LSTM: for any sizes, and the module is still ours."""
+    model = lstm_ext.convert(nn.Sequential(nn.LSTM(3, 4, **options))).eval()
+    traced = torch.jit.trace(model, torch.randn(5, 2, 3))
+    assert "aten::lstm" in str(traced.inlined_graph) and "lstm_ext::" not in str(traced.inlined_graph)
+    assert type(model[0]) is lstm_ext.TorchLSTM
+    longer = torch.randn(7, 3, 3)
+    torch.testing.assert_close(traced(longer), model(longer))
+
+
 def test_a_trace_has_no_compiled_methods():
     lstm, x = lstm_ext.LSTM(3, 4), torch.randn(5, 2, 3)
     assert not hasattr(lstm, "forward__0")
@@ -409,6 +354,65 @@ def test_a_trace_has_no_compiled_methods():
         traced = torch.jit.trace(module, x)
         assert not hasattr(traced, "forward__0")
         torch.testing.assert_close(traced(x), module(x))
+
+
+class Packing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = lstm_ext.LSTM(3, 4)
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0])[0]
+
+
+def test_a_trace_of_packed_data():
+    module, x, lengths = Packing(), torch.randn(5, 2, 3), torch.tensor([3, 5])
+    traced = torch.jit.trace(module, (x, lengths), check_trace=False)
+    torch.testing.assert_close(traced(x, lengths), module(x, lengths))
+
+
+def test_what_torchs_layer_does_not_have_is_not_traced():
+    x, lstm = torch.randn(5, 2, 3), lstm_ext.LSTM(3, 4)
+    for function in (
+        lstm_ext.LSTM(3, 4, layer_norm=True),
+        lambda x: lstm(x, lengths=[5, 2])[0],
+        lambda x: lstm.step(x[0])[0],
+    ):
+        with pytest.raises(RuntimeError, match=r"torch\.export, or lstm_ext\.onnx for ONNX"):
+            torch.jit.trace(function, x)
+
+
+class WithStates(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.cell = nn.LSTM(3, 4), nn.LSTMCell(4, 5)
+
+    def forward(self, x, states):
+        output, (h, _) = self.lstm(x, states)
+        return self.cell(output[-1])[0] + h.sum()
+
+
+class WithLengths(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = lstm_ext.LSTM(3, 4)
+
+    def forward(self, x, lengths):
+        return self.lstm(x, lengths=lengths)[0]
+
+
+def test_symbolic_trace_has_a_leaf():
+    """As for the modules of torch.nn: the graph calls the layer, which stays the same object."""
+    model, x = WithStates(), torch.randn(5, 2, 3)
+    states = torch.randn(1, 2, 4), torch.randn(1, 2, 4)
+    theirs = torch.fx.symbolic_trace(model)
+    ours = torch.fx.symbolic_trace(lstm_ext.convert(model))
+    assert [(n.op, n.target) for n in ours.graph.nodes] == [(n.op, n.target) for n in theirs.graph.nodes]
+    assert ours.lstm is model.lstm and type(ours.cell) is lstm_ext.TorchLSTMCell
+    torch.testing.assert_close(ours(x, states), model(x, states))
+    model, lengths = WithLengths(), torch.tensor([5, 2])
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x, lengths), model(x, lengths))
 
 
 @pytest.mark.parametrize("cell", [lstm_ext.LSTMCell, lstm_ext.TorchLSTMCell])
@@ -426,92 +430,3 @@ def test_traced_cell(cell):
     assert [n.op for n in graph.graph.nodes] == ["placeholder", "call_module", "output"]
     torch.testing.assert_close(graph(x), layer(x))
     torch.testing.assert_close(torch.jit.script(graph)(x)[0], layer(x)[0])
-
-
-# torch.onnx.export, without lstm_ext.onnx
-
-
-def exported(model: nn.Module, args: tuple, **options) -> object:
-    pytest.importorskip("onnxscript")
-    return torch.onnx.export(model.eval(), args, dynamo=True, verbose=False, **options).model_proto
-
-
-def run_onnx(model: object, *args: torch.Tensor) -> list[torch.Tensor]:
-    onnxruntime = pytest.importorskip("onnxruntime")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options)
-    names = [i.name for i in session.get_inputs()]
-    values = dict(zip(names, [x.numpy() for x in args], strict=True))
-    return [torch.from_numpy(x) for x in session.run(None, values)]
-
-
-def needs_several_operators(layers: int) -> None:
-    if layers > 1 and torch.__version__.startswith("2.11."):
-        pytest.skip("torch 2.11 cannot export two of its operators to ONNX")
-
-
-@pytest.mark.tools
-@pytest.mark.parametrize("has_hx", [False, True], ids=["", "hx"])
-@pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS)
-def test_onnx_export_by_torch_alone(options, has_hx):
-    needs_several_operators(options.get("num_layers", 1))
-    layer = lstm_ext.LSTM(3, 4, **options)
-    args = arguments(layer, "batched")[has_hx]
-    results = run_onnx(exported(layer, args), args[0], *(args[1] if has_hx else ()))
-    with torch.no_grad():
-        output, states = layer(*args)
-    torch.testing.assert_close(results, [output, *states])
-
-
-@pytest.mark.tools
-@pytest.mark.parametrize("kind", [lstm_ext.LSTMCell, lstm_ext.TorchLSTM])
-def test_onnx_export_of_others_by_torch_alone(kind):
-    layer, x = kind(3, 4), torch.randn(2, 3)
-    results = run_onnx(exported(layer, (x,)), x)
-    with torch.no_grad():
-        torch.testing.assert_close(results[0], layer(x)[0])
-
-
-@pytest.mark.tools
-def test_onnx_export_by_torch_alone_with_a_batch_that_changes():
-    needs_several_operators(2)
-    layer, batch = lstm_ext.LSTM(3, 4, 2, bidirectional=True), torch.export.Dim("batch")
-    model = exported(layer, (torch.randn(5, 2, 3),), dynamic_shapes=({1: batch},))
-    x = torch.randn(5, 3, 3)
-    with torch.no_grad():
-        torch.testing.assert_close(run_onnx(model, x)[0], layer(x)[0])
-
-
-@pytest.mark.tools
-def test_onnx_export_by_torch_alone_takes_options_in_basic_operators():
-    layer, x = lstm_ext.LSTM(3, 4, zoneout=0.1, layer_norm=True), torch.randn(5, 2, 3)
-    model = exported(layer, (x,))
-    assert not any(node.op_type == "LSTM" for node in model.graph.node)
-    with torch.no_grad():
-        torch.testing.assert_close(run_onnx(model, x)[0], layer(x)[0])
-
-
-@pytest.mark.tools
-def test_onnx_export_by_torch_alone_refuses_a_time_that_changes():
-    pytest.importorskip("onnxscript")
-    shapes = ({0: torch.export.Dim("time")},)
-    with pytest.raises(torch.onnx.OnnxExporterError, match=r"fixed number of steps.*lstm_ext\.onnx\.export"):
-        exported(lstm_ext.LSTM(3, 4), (torch.randn(5, 2, 3),), dynamic_shapes=shapes)
-
-
-@pytest.mark.tools
-def test_onnx_export_by_torch_with_our_table():
-    pytest.importorskip("onnxscript")
-    from lstm_ext import onnx
-
-    layer, x = lstm_ext.LSTM(3, 4), torch.randn(5, 2, 3)
-    shapes = ({0: torch.export.Dim("time")},)
-    # One of several translations, in a table of the caller's own; then none, which is another export.
-    table = {**onnx.translation_table()}
-    model = exported(layer, (x,), dynamic_shapes=shapes, custom_translation_table=table)
-    assert sum(node.op_type == "LSTM" for node in model.graph.node) == 1
-    x = torch.randn(7, 2, 3)
-    with torch.no_grad():
-        torch.testing.assert_close(run_onnx(model, x)[0], layer(x)[0])
-        torch.testing.assert_close(run_onnx(exported(layer, (x,)), x)[0], layer(x)[0])
