@@ -51,12 +51,12 @@ def _equations(call: LayerCall) -> LayerResults:
     return (output, *[None if parts[0] is None else torch.stack(parts) for parts in others])
 
 
-def _normalised(x: Tensor, gain: Tensor, shift: Tensor | None) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     # torch takes the mean and the deviation for constants in three derivatives of its own function: the third one, that
     # of a tangent, and that of a gradient which was taken under vmap.
     centred = x - x.mean(-1, keepdim=True)
-    y = centred * (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * gain
-    return y if shift is None else y + shift
+    y = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+    return y if bias is None else y + bias
 
 
 def _cell(
@@ -86,7 +86,7 @@ def _cell(
         if bound:
             c = torch.clamp(c, -bound, bound)
         o = gate_function(bounded(o + peephole[2] * c if peephole else o))
-        seen = _normalised(c, norm[2], norm[3] if len(norm) == 4 else None) if norm else c
+        seen = layer_norm(c, norm[2], norm[3] if len(norm) == 4 else None) if norm else c
         return o * output_function(seen), c, i, f, g, o
 
     return step
@@ -117,7 +117,7 @@ def _direction(call: LayerCall, d: int, input: Tensor, sizes: list[int] | None) 
     c_start = c0[d] if c0 is not None else input.new_zeros(batch, w_hh.size(0) // 4)
 
     # The input's share of the gates needs no earlier step: one product for all of them.
-    from_input = _normalised(linear(input, w_ih), norm[0], b_ih) if norm else linear(input, w_ih, b_ih)
+    from_input = layer_norm(linear(input, w_ih), norm[0], b_ih) if norm else linear(input, w_ih, b_ih)
     gates_of_step = by_step(from_input)
     order = range(len(gates_of_step))
     h, c = h_start, c_start
@@ -141,7 +141,7 @@ def _direction(call: LayerCall, d: int, input: Tensor, sizes: list[int] | None) 
             h = torch.cat([h, h_start[h.size(0) : rows]])
             c = torch.cat([c, c_start[c.size(0) : rows]])
         seen = h if mask is None else h * mask[:rows]
-        from_state = _normalised(linear(seen, w_hh), norm[1], b_hh) if norm else linear(seen, w_hh, b_hh)
+        from_state = layer_norm(linear(seen, w_hh), norm[1], b_hh) if norm else linear(seen, w_hh, b_hh)
         new_h, new_c, *values = cell(gates_of_step[t] + from_state, c)
         if w_hr is not None:
             new_h = linear(new_h, w_hr)

@@ -245,17 +245,6 @@ def test_one_step_one_row_no_row() -> None:
 # ---- ways to call
 
 
-def test_hx_comes_or_not() -> None:
-    module = lstm_ext.LSTM(I, H)
-    graphs = Graphs()
-    ours = compiled(module, graphs)
-    x = torch.randn(T, B, I)
-    hx = states(module, (B,))
-    for args in ((x,), (x, hx), (x, list(hx))):
-        assert_equal(ours(*args), module(*args))
-    assert_equal(ours(hx=hx, input=x), module(x, hx))
-
-
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(context) -> None:
     if context is torch.inference_mode and OLD_TORCH:
@@ -316,6 +305,7 @@ def test_step_cell_and_functional() -> None:
         return lstm_ext.functional.lstm(x, hx, weights, num_layers=2)
 
     for function, args, layers in (
+        (lambda x, hx: module(hx=list(hx), input=x), (x, hx), 2),
         (module.step, (x[0],), 2),
         (module.step, (x[0], hx), 2),
         (module.step, (x[0, 0],), 2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from routes import (
     T,
 )
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch._vmap_internals import _vmap as legacy_vmap
 from torch.autograd import forward_ad
@@ -108,6 +110,30 @@ def test_tracing_into_a_graph(layer, x, events):
         assert targets(call, tracing_mode=mode, pre_dispatch=True) == ["lstm_layer"]
         assert targets(grad(lambda p, x: call(p, x).sum()), tracing_mode=mode) == list(KERNELS)
     assert not [e for e in events if e.startswith("kernel")]
+
+
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.11."),
+    reason="compiled autograd of torch 2.11 cannot look into the backward pass of an eager layer",
+)
+def test_compiled_autograd(layer, x):
+    loss = layer(x)[0].sin().sum()
+    expected = torch.autograd.grad(loss, layer.weight_hh_l0, retain_graph=True)[0]
+    graphs: list[torch.fx.GraphModule] = []
+
+    # Dynamo leaves a function in C++ to what comes after it.
+    def collect(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    backend = aot_autograd(fw_compiler=collect)
+    with torch._dynamo.compiled_autograd._enable(
+        lambda graph: torch.compile(graph, fullgraph=True, backend=backend)
+    ):
+        loss.backward()
+    torch.testing.assert_close(layer.weight_hh_l0.grad, expected)
+    names = [str(n.target) for graph in graphs for n in graph.graph.nodes if n.op == "call_function"]
+    assert [name for name in names if "lstm_layer" in name] == ["lstm_ext.lstm_layer_backward.default"]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def main(arguments: list[str]) -> None:
         return
     text, route = arguments
     case = CASES[text] if text in CASES else eval(text, {"Case": Case, "Options": Options})
+    case = dataclasses.replace(case, dtype=ROUTES[route].dtype or case.dtype)
     check(case, ROUTES[route].kind, ROUTES[route].call)
     print("as exact as it has to be")
 

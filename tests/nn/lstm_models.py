@@ -341,11 +341,13 @@ COMPUTED: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 
 
 class Model(NamedTuple):
-    """Attributes:
-    build: makes it with a library.
-    computed: the kind of computed weights (`COMPUTED`) of a layer or a cell. They can be converted; torch copies not
-        all of them, and no layer with one is frozen.
-    layers: whether an LSTM is in it, so that it can be frozen.
+    """One row.
+
+    Attributes:
+        build: makes it with a library.
+        computed: the kind of computed weights (`COMPUTED`) of a layer or a cell. They can be converted. torch does not
+            copy all of them, and no layer with one is frozen.
+        layers: whether it has an LSTM, so that it can be frozen.
     """
 
     build: Callable[[Library], Any]
@@ -429,9 +431,11 @@ def frozen(module: nn.Module, weights: torch.dtype | None = None) -> Any:
 
 
 class Copy(NamedTuple):
-    """Attributes:
-    run: gives another model.
-    kind: "" for a copy as it is, "frozen", or "thawed" for one that was frozen in between.
+    """One row.
+
+    Attributes:
+        run: gives another model.
+        kind: "" for a copy as it is, "frozen", or "thawed" for one that was frozen in between.
     """
 
     run: Callable[[Any], Any]

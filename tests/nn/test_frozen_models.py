@@ -10,14 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from judge import relative_error
 from lstm_models import LIBRARIES, TORCH, Doubling, Plain, WithCode, made, required
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import lstm_ext
-
-KINDS = {"own": None, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 class Model(nn.Module):
@@ -275,22 +272,6 @@ def test_gradients_are_never_left_out_in_silence(compiled: bool, options: dict[s
             leaf.requires_grad_(False)
         torch._dynamo.reset()  # torch 2.11 takes the graph of before, and so the error
         assert not function()[0].requires_grad
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@torch.no_grad()
-def test_recompute_is_without_effect(kind: str) -> None:
-    torch.manual_seed(5)
-    layer = lstm_ext.LSTM(100, 100, layer_norm=True)
-    recomputing = lstm_ext.LSTM(100, 100, layer_norm=True, recompute=True)
-    recomputing.load_state_dict(layer.state_dict())
-    x = torch.randn(5, 2, 100)
-    frozen = lstm_ext.freeze(recomputing, KINDS[kind])
-    expected = lstm_ext.freeze(layer, KINDS[kind])(x)[0]
-    assert torch.equal(frozen(x)[0], expected)
-    assert torch.equal(torch.compile(frozen, backend="aot_eager", fullgraph=True)(x)[0], expected)
-    assert (kind == "own") == (relative_error(expected, layer(x)[0].double()) < 1e-5)
-    assert lstm_ext.unfreeze(frozen).recompute
 
 
 def test_other_weights_than_those_that_were_packed() -> None:

@@ -18,8 +18,6 @@ import lstm_ext
 pytestmark = pytest.mark.devices("cpu", "cuda")
 
 FULL = {"num_layers": 2, "bidirectional": True, "proj_size": 2}
-
-
 x = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0))
 
 
@@ -83,17 +81,6 @@ def test_a_state_dict_that_does_not_fit(change):
     assert error[0] is RuntimeError
 
 
-def test_strict_may_be_false():
-    state = nn.LSTM(3, 4).state_dict()
-    del state["bias_hh_l0"]
-    state["foo"] = torch.zeros(1)
-    ours = lstm_ext.LSTM(3, 4)
-    before = ours.bias_hh_l0.detach().clone()
-    assert ours.load_state_dict(state, strict=False) == nn.LSTM(3, 4).load_state_dict(state, strict=False)
-    assert torch.equal(ours.bias_hh_l0, before)
-    assert torch.equal(ours.weight_hh_l0, state["weight_hh_l0"])
-
-
 def test_loading_is_seen_by_the_next_call():
     ours, theirs = lstm_ext.LSTM(3, 4, 2), nn.LSTM(3, 4, 2)
     ours(x)
@@ -109,14 +96,6 @@ def test_loading_is_seen_by_the_next_call():
     assert [p.requires_grad for p in ours.parameters()] == [True, False] + [True] * 6
     assert ours.weight_ih_l0.data_ptr() == other.weight_ih_l0.data_ptr()
     assert ours._flat_weights[0] is ours.weight_ih_l0
-
-
-def test_state_dict_in_a_model():
-    ours, theirs = nn.Sequential(lstm_ext.LSTM(3, 4)), nn.Sequential(nn.LSTM(3, 4))
-    assert ours.state_dict()._metadata == theirs.state_dict()._metadata
-    assert list(ours.state_dict(prefix="p.")) == list(theirs.state_dict(prefix="p."))
-    assert ours.state_dict(keep_vars=True)["0.weight_hh_l0"] is ours[0].weight_hh_l0
-    assert not list(ours.buffers())
 
 
 def test_load_without_pickle(tmp_path, device):

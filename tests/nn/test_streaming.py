@@ -7,42 +7,22 @@ import copy
 import pytest
 import torch
 from judge import Worst, relative_error
+from matrix.cases import CELLS
+from matrix.routes import by_steps
 
 import lstm_ext
 
 DTYPES = [torch.float32, torch.float64]
 
 OPTIONS = {
-    "plain": {},
     "no bias": {"bias": False},
     "projection": {"proj_size": 3},
     "three layers": {"num_layers": 3},
-    "zoneout": {"zoneout": (0.3, 0.1)},
-    "layer_norm": {"layer_norm": True},
-    "other cell": {"peephole": True, "cell_clip": 0.3, "coupled_gates": True},
-    "other functions": {
-        "gate_activation": "hard_sigmoid",
-        "cell_activation": "relu",
-        "preactivation_clip": 0.8,
-    },
-    "all": {
-        "num_layers": 2,
-        "proj_size": 6,
-        "zoneout": (0.3, 0.1),
-        "layer_norm": True,
-        "recurrent_dropout": 0.5,
-        "recompute": True,
-    },
+    "all": {**CELLS["random, norm"], "num_layers": 2, "proj_size": 6},
 }
-
-
-def step_by_step(layer, x, hx):
-    """x (T, B, I)."""
-    outputs = []
-    for x_t in x:
-        y, hx = layer.step(x_t, hx)
-        outputs.append(y)
-    return torch.stack(outputs), hx
+OPTIONS |= {
+    name: CELLS[name] for name in ("plain", "zoneout", "norm", "peephole, clip, coupled", "functions")
+}
 
 
 def make(options, input_size, hidden_size, dtype):
@@ -79,7 +59,7 @@ def test_few_rows_within_rounding(name, dtype):
                     output, (h, c) = layer(x, hx)
                     with torch.no_grad():
                         without_gradients = layer(x, hx)[0]
-                        stepped, (h_n, c_n) = step_by_step(layer, x, hx)
+                        stepped, (h_n, c_n) = by_steps(layer, x, hx)
                     assert output.requires_grad
                     assert torch.equal(without_gradients, output)
                     exact = copy.deepcopy(layer).double()
@@ -129,27 +109,3 @@ def test_cells_too(dtype):
         hx = cell(x_t, hx)
         assert relative_error(hx[0], y) < 4 * torch.finfo(dtype).eps
         assert torch.equal(inferred[0], hx[0]) and torch.equal(inferred[1], hx[1])
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_batch_first_and_unbatched(name, device):
-    torch.manual_seed(3)
-    options = OPTIONS[name]
-    layer = make(options, 5, 9, torch.float64).to(device)
-    first = lstm_ext.LSTM(5, 9, **options, batch_first=True, dtype=torch.float64, device=device).eval()
-    first.load_state_dict(layer.state_dict())
-    x = torch.randn(6, 5, dtype=torch.float64, device=device)
-    with torch.no_grad():
-        output, (h, c) = layer(x)
-        stepped, (h_n, c_n) = step_by_step(layer, x, None)
-        of_batch, (h_b, c_b) = step_by_step(first, x[:, None], None)
-    assert h_n.shape == h.shape and c_n.shape == c.shape
-    for a, b in [
-        (stepped, output),
-        (h_n, h),
-        (c_n, c),
-        (of_batch[:, 0], output),
-        (h_b[:, 0], h),
-        (c_b[:, 0], c),
-    ]:
-        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-14)

@@ -131,38 +131,6 @@ def test_resets_without_states(options):
     torch.testing.assert_close(results[1], results[0], **CLOSE)
 
 
-def loop_of_steps(layer: nn.LSTM, x: Tensor, state: tuple[Tensor, Tensor], is_init: Tensor) -> list[Tensor]:
-    """(B, T, I) and (L, B, H): the equations of an episode's beginning, a step at a time."""
-    outputs = []
-    for t in range(x.size(1)):
-        keep = 1.0 - is_init[:, t].double()[None]
-        y, state = layer(x[:, t : t + 1], tuple(keep * s for s in state))
-        outputs.append(y)
-    return [torch.cat(outputs, 1), *state]
-
-
-@pytest.mark.parametrize("options", OPTIONS[:3], ids=str)
-def test_resets_equal_a_loop(options):
-    theirs, ours = layers(**options)
-    data = rollout(theirs, (B, T), zeros_at_init=False)
-    data["is_init"][:, 0] = torch.tensor([True, False, True, False])[:, None]
-    x, h, c = [data[key].clone().requires_grad_() for key in ("x", "h", "c")]
-    hx = tuple(s[:, 0].transpose(0, 1) for s in (h, c))
-    y, *states = loop_of_steps(theirs, x, hx, data["is_init"])
-    expected = [y, *(s.transpose(0, 1) for s in states)]
-    generator = torch.Generator().manual_seed(1)
-    weights = [torch.randn(r.shape, dtype=r.dtype, generator=generator) for r in expected]
-    x, h, c, *parameters = torch.autograd.grad(expected, [x, h, c, *theirs.parameters()], weights)
-    module = ResetLSTMModule(lstm=ours, **KEYS)
-    with set_recurrent_mode(True):
-        results, gradients = run(module, data, last_only=True)
-        data["is_init"] = data["is_init"].roll(1, dims=1)
-        shifted = run(module, data, last_only=True)[0]
-    torch.testing.assert_close(results, expected, **CLOSE)
-    torch.testing.assert_close(gradients, [x, h[:, 0], c[:, 0], *parameters], **CLOSE)
-    assert not torch.allclose(shifted[0], expected[0], rtol=1e-3, atol=1e-3)
-
-
 class Observe(nn.Module):
     def forward(self, angle: Tensor, speed: Tensor) -> Tensor:
         return torch.stack([angle.cos(), angle.sin(), speed], -1)
