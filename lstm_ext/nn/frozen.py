@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import warnings
@@ -98,6 +99,8 @@ class FrozenLSTM(LSTM):
         """
         native.save(self, path)
 
+    _frozen_stamp: int | None  # of the weights that are packed; None while they are changed
+
     def _pack(self) -> None:
         kernels = _kernels()
         kind = _KINDS[self.frozen_weights]
@@ -139,9 +142,14 @@ class FrozenLSTM(LSTM):
             same = self._parameters == self._frozen_parameters
         except Exception:
             same = False
+        stamp = self._frozen_stamp
         if not same:
             self._refuse_others(super()._weights_by_layer())
-        elif loader.extension().weights_stamp(self._frozen_from) != self._frozen_stamp:  # type: ignore[union-attr]
+        elif (
+            stamp is not None
+            and _kernels().weights_stamp(self._frozen_from) != stamp
+            and stamp is self._frozen_stamp  # no other thread has begun to change the weights
+        ):
             raise RuntimeError(
                 "FrozenLSTM: a weight was changed in place after it was packed: load_state_dict packs new numbers, and "
                 "lstm_ext.unfreeze gives a layer that reads its weights in each call"
@@ -172,28 +180,40 @@ class FrozenLSTM(LSTM):
         return super().extra_repr() + kind
 
     def reset_parameters(self) -> None:
-        super().reset_parameters()
-        self._pack()
+        with self._being_changed():
+            super().reset_parameters()
+            self._pack()
 
     def _apply(self, fn: Any, recurse: bool = True) -> FrozenLSTM:
         weight: Any = self.weight_ih_l0
         moved = fn(weight[:0])  # before anything is changed
         _check_place("", moved.device, moved.dtype, self.frozen_weights)
-        super()._apply(fn, recurse)
-        self._pack()
+        with self._being_changed():
+            super()._apply(fn, recurse)
+            self._pack()
         return self
+
+    @contextlib.contextmanager
+    def _being_changed(self) -> Iterator[None]:
+        """Other threads may call the layer meanwhile: they compute with the old numbers or with the new ones."""
+        stamp, self._frozen_stamp = self._frozen_stamp, None
+        try:
+            yield
+        except BaseException:
+            self._frozen_stamp = stamp
+            raise
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if self.frozen_weights == torch.int8:
             given = {n: state_dict.get(prefix + n) for names in self._layer_names for n in names}
             given = {n: weight for n, weight in given.items() if isinstance(weight, Tensor)}
             _refuse_what_int8_has_not(list(given), list(given.values()), prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self._pack()
+        with self._being_changed():
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            self._pack()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenLSTM:
         # The packed bytes are copied, not made again: the copy computes the same as this layer.
-        self._weights_by_layer()  # what does not fit its packed weights is not copied
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         left_out = (*_MADE_OF_PACKED, "_flat_weights", "_flat_weight_refs", "_compiled_call_impl")
@@ -201,6 +221,8 @@ class FrozenLSTM(LSTM):
         new.__dict__.update(copy.deepcopy(state, memo))
         new._init_flat_weights()
         new._use_packed()
+        if _kernels().weights_stamp(self._frozen_from) != self._frozen_stamp:
+            new._frozen_stamp = -1  # the weights of the copy do not fit either
         return new
 
     def __getstate__(self) -> dict[str, Any]:

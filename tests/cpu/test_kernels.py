@@ -234,6 +234,32 @@ def test_fewer_threads_than_planned():
 
 on_each_device = pytest.mark.devices("cpu", "cuda")
 
+# One below, at and above each boundary of the CUDA kernels, one axis at a time. A block is up to 128 units wide and 256
+# threads in all; sums of columns are cut into parts of 512 rows.
+ON_CUDA = {
+    "hidden units": [
+        (4, 9, 5, h, 0, False, True) for h in (1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129, 257)
+    ],
+    "input features": [(5, 8, i, 34, 0, False, True) for i in (1, 2, 3, 7, 8, 9, 31, 32, 33)],
+    "batch rows": [(12, b, 6, 34, 0, True, False) for b in (1, 2, 3, 4, 5, 7, 8, 9, 65)],
+    "time steps": [(t, 5, 6, 34, 0, True, True) for t in (1, 2, 7, 61)],
+    "rows of all steps": [(t, 64, 3, 18, 0, False, True) for t in (7, 8, 9, 17)],
+    "projection": [(6, 7, 5, 67, p, True, True) for p in (1, 31, 32, 33)],
+}
+
+
+@pytest.mark.devices("cuda")
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
+@pytest.mark.parametrize("group", ON_CUDA)
+def test_edges_on_cuda(group, dtype, device):
+    def computed(case: Case, dtype: torch.dtype, seed: int) -> dict[str, torch.Tensor]:
+        return {name: t.cpu() for name, t in ours(case, dtype, seed, device).items()}
+
+    wrong = [
+        text for sizes in ON_CUDA[group] for text in problems(sized(*sizes), dtype, draws=3, ours=computed)
+    ]
+    assert not wrong, "\n".join(wrong)
+
 
 @on_each_device
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16, torch.float16], ids=str)

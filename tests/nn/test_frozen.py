@@ -465,7 +465,7 @@ CALLS = {
     "call": lambda layer, x: layer(x),
     "step": lambda layer, x: layer.step(x[0]),
     "lengths": lambda layer, x: layer(x, lengths=[3, 2]),
-    "deepcopy": lambda layer, x: copy.deepcopy(layer),
+    "deepcopy": lambda layer, x: copy.deepcopy(layer)(x),
 }
 
 

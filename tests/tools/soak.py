@@ -60,7 +60,8 @@ CASES_OF = {
     name: [
         case
         for case in (dataclasses.replace(case, mode="no_grad") for case in CASES.values())
-        if mode.takes(case) and ROUTES[mode.route].takes(case) and not (case.options and case.options.unread)
+        if mode.takes(case) and ROUTES[mode.route].cases({"": case}, case.mode)
+        if not (case.options and case.options.unread)
     ]
     for name, mode in MODES.items()
 }
