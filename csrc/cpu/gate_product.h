@@ -254,30 +254,21 @@ class GateProduct {
           continue;
         }
         rest();
-        multiply_unsplit(
-            block, height, a_part, count, weight, [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return pre(first + row); },
-            bias, other, other_part);
+        const T* a_rows[kMostEngineRows];
+        T* pre_rows[kMostEngineRows];
+        for (int64_t row = 0; row < height; ++row) pre_rows[row] = pre(first + row);
+        if (other.weight) {
+          for (int64_t row = 0; row < height; ++row) a_rows[row] = other_part(row);
+          multiply_block(block, height, a_rows, other.count, *other.weight, pre_rows, bias);
+        }
+        for (int64_t row = 0; row < height; ++row) a_rows[row] = a_part(row);
+        multiply_block(block, height, a_rows, count, weight, pre_rows, other.weight ? nullptr : bias);
         for (int64_t row = 0; row < height; ++row) {
           finish_rows(kOneRow, block * kLanes, lanes_in(block), nullptr, row, nullptr);
         }
       }
       rest();
     }
-  }
-
-  // Both products of a block without the tile engine.
-  template <typename A, typename Pre, typename Other>
-  void multiply_unsplit(int64_t block, int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight,
-                        const Pre& pre, const T* bias, const OtherProduct<T>& other, const Other& other_row) {
-    const T* a_rows[kMostEngineRows];
-    T* pre_rows[kMostEngineRows];
-    for (int64_t row = 0; row < rows; ++row) pre_rows[row] = pre(row);
-    if (other.weight) {
-      for (int64_t row = 0; row < rows; ++row) a_rows[row] = other_row(row);
-      multiply_block(block, rows, a_rows, other.count, *other.weight, pre_rows, bias);
-    }
-    for (int64_t row = 0; row < rows; ++row) a_rows[row] = a_row(row);
-    multiply_block(block, rows, a_rows, count, weight, pre_rows, other.weight ? nullptr : bias);
   }
 #endif
 

@@ -200,30 +200,9 @@ struct SumsBlock {
   }
 };
 
-// Splits the right factors of `depth` samples from sample n on, at most kMostOuterSums, one behind the other. Returns
-// whether all numbers could be split.
+// add_outer_products on the tile engine with `bf16_parts` bf16 parts, for `count` right factors, at most
+// kMostOuterSums. Blocks whose numbers cannot be split are multiplied without it.
 constexpr int kMostOuterSums = 2;
-inline bool split_right_factors(int bf16_parts, int64_t n, int64_t depth, const OuterSums* parts, int count,
-                                uint16_t* place, Bf16Operand (&split)[kMostOuterSums]) {
-  bool all_split = true;
-  for (int i = 0; i < count; ++i) {
-    const OuterSums& part = parts[i];
-    split[i] = {place, nullptr, bf16_parts};
-    const auto right_row = [&](int64_t k) LSTM_EXT_LAMBDA_INLINE { return part.right(n + k); };
-    with_bf16_parts(bf16_parts, [&](auto p) {
-      all_split &=
-          split_row_pairs<p()>(right_row, 0, part.columns, depth, [&](int64_t tile, int64_t k) LSTM_EXT_LAMBDA_INLINE {
-            const ColumnTile to = split[i].column_tile(0, tile, part.column_tiles(), depth);
-            return to.data + k * to.k_step;
-          });
-    });
-    place += part.column_tiles() * split[i].tile_numbers(divide_up(depth, kEngineTileDepth));
-  }
-  return all_split;
-}
-
-// add_outer_products on the tile engine with `bf16_parts` bf16 parts, for `count` right factors. Blocks whose numbers
-// cannot be split are multiplied without it.
 inline void add_outer_bf16(int bf16_parts, const float* left, int64_t left_step, int64_t samples, Range rows,
                            const OuterSums* parts, int count, const TileScratch& tiles, float* scratch, bool fresh) {
   int64_t all_tiles = 0;
@@ -250,7 +229,21 @@ inline void add_outer_bf16(int bf16_parts, const float* left, int64_t left_step,
       }
     };
     Bf16Operand right_bf16[kMostOuterSums];
-    bool all_split = split_right_factors(bf16_parts, n, depth, parts, count, tiles.right, right_bf16);
+    uint16_t* place = tiles.right;
+    bool all_split = true;
+    for (int i = 0; i < count; ++i) {
+      const OuterSums& part = parts[i];
+      right_bf16[i] = {place, nullptr, bf16_parts};
+      const auto right_row = [&](int64_t k) LSTM_EXT_LAMBDA_INLINE { return part.right(n + k); };
+      with_bf16_parts(bf16_parts, [&](auto p) {
+        all_split &= split_row_pairs<p()>(
+            right_row, 0, part.columns, depth, [&](int64_t tile, int64_t k) LSTM_EXT_LAMBDA_INLINE {
+              const ColumnTile to = right_bf16[i].column_tile(0, tile, part.column_tiles(), depth);
+              return to.data + k * to.k_step;
+            });
+      });
+      place += part.column_tiles() * right_bf16[i].tile_numbers(k_tiles);
+    }
     if (!all_split) {
       without_engine(rows);
       continue;

@@ -202,7 +202,7 @@ def _choose() -> tuple[_Result, str | None]:
         result, reason = _find(requested)
     except (_Refused, config.SwitchError) as error:
         return _failed(str(error))
-    except BuildError as error:  # of jit alone
+    except BuildError as error:  # jit alone raises it
         return _failed(f"LSTM_EXT_BACKEND=jit, but the build failed: {error}")
     if result is not None:
         return result, None

@@ -99,7 +99,7 @@ class FrozenLSTM(LSTM):
         """
         native.save(self, path)
 
-    _frozen_stamp: int | None  # of the weights that are packed; None while they are changed
+    _frozen_stamp: int | None  # it is None while the weights are changed
 
     def _pack(self) -> None:
         kernels = _kernels()

@@ -184,9 +184,10 @@ def test_autocast(dtype, batch, device):
     assert cell.weight_hh.grad.any()
 
 
-def test_vmap():
+@pytest.mark.parametrize("batch", [(), (2,)], ids=str)
+def test_vmap(batch):
     cell = lstm_ext.LSTMCell(3, 4)
-    x, (h, c) = torch.randn(6, 2, 3), make_hx(cell, 6, 2)
+    x, (h, c) = torch.randn(6, *batch, 3), make_hx(cell, 6, *batch)
     expected = [cell(*a) for a in zip(x, zip(h, c, strict=True), strict=True)]
     mapped = torch.vmap(lambda x, h, c: cell(x, (h, c)))(x, h, c)
     torch.testing.assert_close(mapped, tuple(torch.stack(s) for s in zip(*expected, strict=True)))

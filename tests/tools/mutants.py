@@ -279,7 +279,9 @@ class Session:
             built = copy.build()
             if built:
                 options = ["-q", "-n", "2", "--dist", "worksteal", "-m", "not full", "-p", "no:cacheprovider"]
-                planted.run([sys.executable, "-m", "pytest", *options, *self.probes], copy.folder, copy.log, 1200)
+                planted.run(
+                    [sys.executable, "-m", "pytest", *options, *self.probes], copy.folder, copy.log, 1200
+                )
             else:
                 # setup.py ends at the first error. All of them are wanted.
                 for script in (copy.folder / "build").rglob("build.ninja"):
