@@ -73,31 +73,17 @@ class ScriptedLSTM(nn.RNNBase):
     def forward__0(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        if input.dim() not in (2, 3):
-            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
-        is_batched = input.dim() == 3
-        batch_dim = 0 if self.batch_first else 1
-        if not is_batched:
-            input = input.unsqueeze(batch_dim)
-        if hx is None:
-            hx = self._scripted_zeros(input, input.size(batch_dim))
-        elif is_batched:
-            if hx[0].dim() != 3 or hx[1].dim() != 3:
-                raise RuntimeError(
-                    "For batched 3-D input, hx and cx should "
-                    f"also be 3-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
-                )
-        else:
-            if hx[0].dim() != 2 or hx[1].dim() != 2:
-                raise RuntimeError(
-                    "For unbatched 2-D input, hx and cx should "
-                    f"also be 2-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
-                )
-            hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-        self.check_forward_args(input, hx, None)
-        output, h, c = torch.lstm(
-            input,
-            hx,
+        rank = input.dim()
+        if rank < 2 or rank > 3:
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {rank}D instead")
+        # torch's operator knows batches only: a sequence alone is a batch of one.
+        axis = 0 if self.batch_first else 1
+        x = input if rank == 3 else input.unsqueeze(axis)
+        states = self._scripted_zeros(x, x.size(axis)) if hx is None else self._scripted_batch(hx, rank)
+        self.check_forward_args(x, states, None)
+        y, h, c = torch.lstm(
+            x,
+            states,
             self._flat_weights,
             self.bias,
             self.num_layers,
@@ -106,23 +92,19 @@ class ScriptedLSTM(nn.RNNBase):
             self.bidirectional,
             self.batch_first,
         )
-        if not is_batched:
-            return output.squeeze(batch_dim), (h.squeeze(1), c.squeeze(1))
-        return output, (h, c)
+        return (y, (h, c)) if rank == 3 else (y.squeeze(axis), (h.squeeze(1), c.squeeze(1)))
 
     @_ToCompile
     def forward__1(
         self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
-        data, batch_sizes, sorted_indices, unsorted_indices = input
-        if hx is None:
-            hx = self._scripted_zeros(data, int(batch_sizes[0]))
-        else:
-            hx = self.permute_hidden(hx, sorted_indices)
-        output, h, c = torch.lstm(
-            data,
-            batch_sizes,
-            hx,
+        rows, sizes, order, back = input
+        alive = int(sizes[0])  # the rows of the first step: all sequences
+        states = self._scripted_zeros(rows, alive) if hx is None else self.permute_hidden(hx, order)
+        y, h, c = torch.lstm(
+            rows,
+            sizes,
+            states,
             self._flat_weights,
             self.bias,
             self.num_layers,
@@ -130,8 +112,18 @@ class ScriptedLSTM(nn.RNNBase):
             self.training,
             self.bidirectional,
         )
-        packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-        return packed, self.permute_hidden((h, c), unsorted_indices)
+        return PackedSequence(y, sizes, order, back), self.permute_hidden((h, c), back)
+
+    def _scripted_batch(self, hx: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
+        """The states as those of a batch; they have as many axes as the input."""
+        h, c = hx
+        if h.dim() != rank or c.dim() != rank:
+            kind = "batched" if rank == 3 else "unbatched"
+            raise RuntimeError(
+                f"For {kind} {rank}-D input, hx and cx should "
+                f"also be {rank}-D but got ({h.dim()}-D, {c.dim()}-D) tensors"
+            )
+        return (h, c) if rank == 3 else (h.unsqueeze(1), c.unsqueeze(1))
 
     def _scripted_zeros(self, x: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         sets = self.num_layers * (2 if self.bidirectional else 1)
