@@ -545,7 +545,8 @@ def from_haste(arrays: Arrays, *, zoneout: float = 0.0, batch_first: bool = Fals
     """
     read = Source("from_haste", "igfo")
     names = ("kernel", "recurrent_kernel", "bias")
-    stack = [[read.matrices(*read.taken(arrays, "arrays", names), names)]]
+    kernel, recurrent, bias = read.taken(arrays, "arrays", names)
+    stack = [[read.matrices(kernel, recurrent, bias, names)]]
     return read.layer(stack, batch_first, zoneout=zoneout)
 
 
