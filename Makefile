@@ -169,7 +169,8 @@ CUDA_LEFT_OUT := simt fuzz tools cpu/test_kernels.py cpu/test_low_precision.py
 cuda-build: $(CUDA_INSTALLED)
 	@mkdir -p build/cuda
 	cd build/cuda && LSTM_EXT_BACKEND=aot $(CUDA_PY) -m lstm_ext.info
-	cd build/cuda && $(CUDA_PY) -c 'from lstm_ext.native import loader as l; assert l.has_cuda_kernels(), l.status()'
+	cd build/cuda && $(CUDA_PY) -c 'from lstm_ext.native import loader as l; \
+	  cuda = l.extension().build_info()["cuda"]; assert cuda and cuda == l.status().cuda, l.status()'
 	cd build/cuda && $(CUDA_PY) -m pytest $(PYTEST_OPTIONS) -m 'not full' -c ../../pyproject.toml ../../tests \
 	  $(CUDA_LEFT_OUT:%=--ignore=../../tests/%) $(ARGS)
 
