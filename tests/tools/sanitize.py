@@ -41,10 +41,10 @@ SETS = ("avx512",)  # beside AVX2
 # What calls the kernels. Tests of times and of machine code have nothing to say here.
 FOLDERS = {
     "cpu": "kernels options_kernels frozen_bytes threads low_precision",
-    "call": "packed lengths resets options",
+    "call": "packed lengths",
     "matrix": "matrix faults",
     "nn": "frozen streaming forward cell serialization",
-    "layer": "ops second_derivatives",
+    "layer": "ops",
     "fuzz": "fuzz",
 }
 TESTS = tuple(f"tests/{folder}/test_{name}.py" for folder, names in FOLDERS.items() for name in names.split())
