@@ -94,19 +94,23 @@ class Session:
             "phases": [],
             "benchmark": None,
         }
+        # Read before this session writes its own.
+        self.before: dict[str, Any] = {}
+        if self.command == "speed":
+            with contextlib.suppress(OSError, ValueError):
+                self.before = json.loads(self.output.read_text())
 
     def know(self, facts: dict[str, Any]) -> None:
         """Of the card and the commit: `speed` adds to what `values` found, if that ran with the same ones."""
         self.record |= {"facts": facts, "git_commit": facts["git_commit"]}
         names = ("card", "capability", "cuda_of_driver", "git_commit", "lstm_ext_cuda")
         try:
-            before = json.loads(self.output.read_text()) if self.command == "speed" else {}
-            same = [before["facts"].get(name) == facts.get(name) for name in names]
-            same += [before[name] == self.record[name] for name in ("format", "dry", "packages")]
-        except (OSError, ValueError, KeyError, AttributeError):
+            same = [self.before["facts"].get(name) == facts.get(name) for name in names]
+            same += [self.before[name] == self.record[name] for name in ("format", "dry", "packages")]
+        except (TypeError, KeyError, AttributeError):
             return
         if all(same):
-            now, self.record["phases"] = self.record["phases"], before["phases"]
+            now, self.record["phases"] = self.record["phases"], self.before["phases"]
             for phase in now:
                 self.add(phase)
 
