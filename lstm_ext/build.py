@@ -18,10 +18,7 @@ __all__ = ["main"]
 
 def main() -> int:
     if sys.argv[1:]:
-        print(
-            f"lstm_ext.build: expected no arguments, got {' '.join(sys.argv[1:])}",
-            file=sys.stderr,
-        )
+        print(f"lstm_ext.build: expected no arguments, got {' '.join(sys.argv[1:])}", file=sys.stderr)
         return 2
     try:
         status, was_built = loader.build(lambda line: print(line, flush=True))

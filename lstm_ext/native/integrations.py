@@ -29,7 +29,7 @@ from . import config
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _PACKAGE = Path(__file__).parents[1]
-_lock = threading.RLock()
+_installing, _lock = threading.RLock(), threading.RLock()
 
 
 def constant_for_dynamo(function: _Function) -> _Function:
@@ -67,8 +67,9 @@ def install() -> None:
     global _asked, _active
     if _asked:
         return
-    with _lock:
-        if not _asked and config.chosen("LSTM_EXT_INTEGRATIONS", "1") == "1":
+    # A hook may wait for another thread's import, whose end waits for `_lock`: so that one is not held here.
+    with _installing:
+        if not (_asked or _active) and config.chosen("LSTM_EXT_INTEGRATIONS", "1") == "1":
             _active = True
             for key, hook in list(_hooks.items()):
                 _when_imported(key, hook)

@@ -171,13 +171,13 @@ def status() -> Status:
 def load_built() -> None:
     """Called when the package is imported: loads an extension that was built ahead of time, so that no call has to.
 
-    It takes some milliseconds. Errors are left to the calls.
+    It takes some milliseconds. Raises ValueError for an invalid LSTM_EXT_BACKEND; other errors are left to the calls.
     """
     # These programs import the package first, and then say all by themselves.
     if {"lstm_ext.info", "lstm_ext.build"} & set(sys.orig_argv):
         return
-    with contextlib.suppress(ImportError, ValueError):
-        if _requested() in ("auto", "aot") and config.is_supported_platform() and find_aot() is not None:
+    if _requested() in ("auto", "aot") and config.is_supported_platform() and find_aot() is not None:
+        with contextlib.suppress(ImportError, ValueError):
             extension()
 
 
@@ -198,7 +198,7 @@ def _choose() -> tuple[_Result, str | None]:
         return _Result(None, Status(requested, reason=f"LSTM_EXT_BACKEND={requested} asks for it")), None
     try:
         if requested == "jit":
-            return _load_or_build(_log.info), None
+            return _load_or_build(_log.info)[0], None
         result, reason = _find(requested)
     except (_Refused, config.SwitchError) as error:
         return _failed(str(error))
@@ -258,18 +258,18 @@ def build(say: Callable[[str], None]) -> tuple[Status, bool]:
         ImportError: the library refuses to run here.
         ValueError: a variable of the environment has a value that means nothing.
     """
-    was_built = []
-
-    def compiled(line: str) -> None:
-        was_built.append(True)
-        say(line)
-
-    result = None
     # The kernels for CUDA are not in a wheel, and its libraries cannot be loaded beside others.
     if not (config.cuda_switch() and _wheel() is not None):
-        with contextlib.suppress(ImportError):
+        try:
             result = _load_aot("")
-    return (result or _load_or_build(compiled)).status, bool(was_built)
+        except _Refused:
+            raise
+        except ImportError:  # it does not fit
+            result = None
+        if result is not None:
+            return result.status, False
+    result, was_built = _load_or_build(say)
+    return result.status, was_built
 
 
 def build_command() -> str:
@@ -410,7 +410,8 @@ def _status_of(backend: str, path: Path, ops_path: Path, record: dict) -> Status
 # ---- built on request
 
 
-def _load_or_build(say: Callable[[str], None]) -> _Result:
+def _load_or_build(say: Callable[[str], None]) -> tuple[_Result, bool]:
+    """The library of a finished build, or of one that is made now; and whether it was made now."""
     sources = jit.source_dir()
     reason = config.no_cuda_wanted(torch.version.cuda)
     directory, cuda = jit.folder(sources, "cpu"), None
@@ -419,10 +420,10 @@ def _load_or_build(say: Callable[[str], None]) -> _Result:
         with_cuda = jit.folder(sources, "cuda", config.requested_architectures())
         result = _load_finished(with_cuda)
         if result is not None:
-            return result
+            return result, False
         cuda, reason = config.choose_cuda(torch.version.cuda)
         directory = directory if cuda is None else with_cuda
-    directory = jit.trusted(directory)
+    directory, was_built = jit.trusted(directory), False
     result = _load_finished(directory)
     if result is None:
         try:
@@ -434,6 +435,7 @@ def _load_or_build(say: Callable[[str], None]) -> _Result:
                     if reason is not None and torch.version.cuda is not None:
                         _log.warning("lstm_ext: the extension is built without CUDA kernels: %s", reason)
                     jit.build(sources, directory, cuda, reason, say)
+                    was_built = True
                     result = _load_finished(directory)
         except OSError as error:
             raise BuildError(
@@ -444,7 +446,7 @@ def _load_or_build(say: Callable[[str], None]) -> _Result:
         raise BuildError(
             f"the library in {directory} does not load: report this with `python -m lstm_ext.info`."
         )
-    return result
+    return result, was_built
 
 
 def _load_finished(directory: Path) -> _Result | None:

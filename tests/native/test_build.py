@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_config import git
 
 import lstm_ext
 import lstm_ext.info
@@ -252,6 +251,10 @@ def test_build_ahead_of_time(project: Project) -> None:
         name for name in needed_by(project.package / "native" / config.OPS_LIBRARY) if "python" in name
     ]
     assert project.run("-c", SHOW, LSTM_EXT_BACKEND="aot") == (0, "aot", "")
+    assert project.run("-m", "lstm_ext.build")[1].splitlines()[-1].startswith("nothing to build: ")
+    refused = project.run("-m", "lstm_ext.build", TINY_REFUSES="1")  # it fits, so there is nothing to compile
+    assert (refused[0], refused[2]) == (1, "lstm_ext.build: error: TINY_REFUSES is set")
+    assert not (project.root / "jit").exists()
     code = "import importlib, torch; importlib.import_module('lstm_ext.native._C')"
     assert project.run("-c", code) == (0, "", "")  # the one finds the other, wherever both lie
 
@@ -581,41 +584,6 @@ def test_libraries_of_different_builds(tmp_path: Path) -> None:
     )
 
 
-def test_info_has_the_commit(project: Project) -> None:
-    """Of a checkout by git; elsewhere from the record of the build, which wrote it there."""
-    git(project.root, "init", "-q")
-    git(project.root, "commit", "-q", "--allow-empty", "-m", "First")
-    head = git(project.root, "rev-parse", "--short=12", "HEAD")
-    build = "from lstm_ext.native import config; config.write_record(config.LIBRARIES, '2.13.0', 'g++', '0')"
-    info = "from lstm_ext import info; print(); info.main()"
-    _, out, err = project.run("-c", f"{build}; {info}", LSTM_EXT_BACKEND="torch")
-    assert f"\n  commit     {head}+changes\n" in out, err
-    record = config.read_record(project.package / "native")
-    assert (record["commit"], record["version"]) == (f"{head}+changes", config.VERSION)
-    shutil.rmtree(project.root / ".git")
-    _, out, err = project.run("-c", info, LSTM_EXT_BACKEND="torch")
-    assert f"\n  commit     {head}+changes, recorded by the build\n" in out, err
-
-
-def test_info_where_nothing_says_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "commit", lambda: None)
-    monkeypatch.setattr(config, "read_record", lambda _: None)
-    assert lstm_ext.info._commit().startswith("not known: this is no git checkout")
-
-
-def test_info_has_the_version_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the extension in use, which may be older than the package around it; old records have none."""
-    folder = Path(str(lstm_ext.native.loader.status().path)).parent
-    for more, said in (
-        ({"version": "0.1.0", "commit": "abc"}, "0.1.0, commit abc"),
-        ({"version": None, "commit": None}, "a version that is not recorded, commit not recorded"),
-    ):
-        record = config.read_record(folder) | more
-        monkeypatch.setattr(config, "read_record", lambda _, record=record: record)
-        assert dict(lstm_ext.info._lines())["  built at"] == said
-        monkeypatch.undo()
-
-
 def test_a_build_without_kernels_for_the_processor_says_so(tmp_path: Path) -> None:
     library = tmp_path / "library.so"
     sources = [str(CSRC / "cpu" / f"{name}.cpp") for name in ("capability", "wait_limit")]
@@ -634,37 +602,6 @@ def test_a_build_without_kernels_for_the_processor_says_so(tmp_path: Path) -> No
     found = function().contents
     said = found.capability(ctypes.byref(ctypes.c_void_p()))
     assert b"no kernels for this CPU" in said and b"LSTM_EXT_CPU_SETS" in said
-
-
-@pytest.mark.parametrize(
-    ("environment", "exit_code", "said"),
-    [
-        ({}, 0, "extension    loaded, built"),
-        (
-            {"LSTM_EXT_BACKEND": "reference"},
-            1,
-            "extension    not loaded: LSTM_EXT_BACKEND=reference asks for it",
-        ),
-        ({"LSTM_EXT_BACKEND": "torch"}, 1, "torch      in use"),
-        ({"LSTM_EXT_BACKEND": "fast"}, 1, "LSTM_EXT_BACKEND is 'fast'"),
-    ],
-    ids=["loaded", "reference", "torch", "bad"],
-)
-def test_info(environment: dict[str, str], exit_code: int, said: str) -> None:
-    run = subprocess.run(
-        [sys.executable, "-m", "lstm_ext.info"], env=os.environ | environment, capture_output=True, text=True
-    )
-    assert run.returncode == exit_code, run.stderr
-    assert said in run.stdout + run.stderr
-    assert "Traceback" not in run.stderr
-
-
-def test_info_where_the_extension_does_not_fit(project: Project) -> None:
-    project.ahead_of_time("1.2.3")
-    returncode, out, err = project.run("-m", "lstm_ext.info")
-    assert returncode == 1
-    assert "was built for torch 1.2.3" in out
-    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize(

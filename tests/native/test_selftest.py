@@ -1,8 +1,11 @@
-"""python -m lstm_ext.selftest: it has to find what is wrong; and which CUDA kernel runs."""
+"""python -m lstm_ext.selftest: it has to find what is wrong; and which CUDA kernel runs. python -m lstm_ext.info."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +15,7 @@ import forks
 import pytest
 import torch
 from test_build import SHOW, Project
+from test_config import git
 
 from lstm_ext import info, selftest
 from lstm_ext.layer import cuda_kernels
@@ -276,3 +280,79 @@ def test_variables_of_another_value() -> None:
         assert run.returncode == 1
         said = f"ValueError: {name} is {value!r}: set it to {expected}, or unset it."
         assert run.stderr.splitlines()[-1] == said
+
+
+# ---- python -m lstm_ext.info
+
+
+@pytest.mark.tools
+def test_info_has_the_commit(tmp_path: Path) -> None:
+    """Of a checkout by git; elsewhere from the record of the build, which wrote it there."""
+    project = Project(tmp_path / "project")
+    git(project.root, "init", "-q")
+    git(project.root, "commit", "-q", "--allow-empty", "-m", "First")
+    head = git(project.root, "rev-parse", "--short=12", "HEAD")
+    build = "from lstm_ext.native import config; config.write_record(config.LIBRARIES, '2.13.0', 'g++', '0')"
+    show = "from lstm_ext import info; print(); info.main()"
+    _, out, err = project.run("-c", f"{build}; {show}", LSTM_EXT_BACKEND="torch")
+    assert f"\n  commit     {head}+changes\n" in out, err
+    record = config.read_record(project.package / "native")
+    assert (record["commit"], record["version"]) == (f"{head}+changes", config.VERSION)
+    shutil.rmtree(project.root / ".git")
+    _, out, err = project.run("-c", show, LSTM_EXT_BACKEND="torch")
+    assert f"\n  commit     {head}+changes, recorded by the build\n" in out, err
+
+
+@pytest.mark.tools
+def test_info_where_nothing_says_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "commit", lambda: None)
+    monkeypatch.setattr(config, "read_record", lambda _: None)
+    assert info._commit().startswith("not known: this is no git checkout")
+
+
+@pytest.mark.tools
+def test_info_has_the_version_of_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the extension in use, which may be older than the package around it; old records have none."""
+    folder = Path(str(loader.status().path)).parent
+    for more, said in (
+        ({"version": "0.1.0", "commit": "abc"}, "0.1.0, commit abc"),
+        ({"version": None, "commit": None}, "a version that is not recorded, commit not recorded"),
+    ):
+        record = config.read_record(folder) | more
+        monkeypatch.setattr(config, "read_record", lambda _, record=record: record)
+        assert dict(info._lines())["  built at"] == said
+        monkeypatch.undo()
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize(
+    ("environment", "exit_code", "said"),
+    [
+        ({}, 0, "extension    loaded, built"),
+        (
+            {"LSTM_EXT_BACKEND": "reference"},
+            1,
+            "extension    not loaded: LSTM_EXT_BACKEND=reference asks for it",
+        ),
+        ({"LSTM_EXT_BACKEND": "torch"}, 1, "torch      in use"),
+        ({"LSTM_EXT_BACKEND": "fast"}, 1, "LSTM_EXT_BACKEND is 'fast'"),
+    ],
+    ids=["loaded", "reference", "torch", "bad"],
+)
+def test_info(environment: dict[str, str], exit_code: int, said: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "lstm_ext.info"], env=os.environ | environment, capture_output=True, text=True
+    )
+    assert run.returncode == exit_code, run.stderr
+    assert said in run.stdout + run.stderr
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.tools
+def test_info_where_the_extension_does_not_fit(tmp_path: Path) -> None:
+    project = Project(tmp_path / "project")
+    project.ahead_of_time("1.2.3")
+    returncode, out, err = project.run("-m", "lstm_ext.info")
+    assert returncode == 1
+    assert "was built for torch 1.2.3" in out
+    assert "Traceback" not in err
