@@ -39,6 +39,9 @@ _REQUIRED = "_lstm_ext_required_grad"
 # Attributes that are derived from the packed weights and belong to this processor.
 _MADE_OF_PACKED = ("_frozen_options", "_native_options", "_frozen_stamp")
 
+# The extension's function, bound by the first frozen layer: a look-up takes as long as the function.
+_weights_stamp: Callable[[Sequence[Sequence[Tensor]]], int]
+
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
@@ -119,7 +122,9 @@ class FrozenLSTM(LSTM):
         self._use_packed()
 
     def _use_packed(self) -> None:
+        global _weights_stamp
         kernels = _kernels()
+        _weights_stamp = kernels.weights_stamp
         self._frozen_options = [
             LayerOptions(frozen=[self._buffers[name] for name in names])  # type: ignore[misc]
             for names in self._frozen_names
@@ -127,7 +132,7 @@ class FrozenLSTM(LSTM):
         for options in self._frozen_options:
             options.native = kernels.LayerOptions(frozen=options.frozen)
         self._native_options = [options.native for options in self._frozen_options]
-        self._frozen_stamp = kernels.weights_stamp(self._frozen_from)
+        self._frozen_stamp = _weights_stamp(self._frozen_from)
 
     def _weights_by_layer(self) -> list[list[Tensor]]:
         if torch.compiler.is_compiling():
@@ -147,7 +152,7 @@ class FrozenLSTM(LSTM):
             self._refuse_others(super()._weights_by_layer())
         elif (
             stamp is not None
-            and _kernels().weights_stamp(self._frozen_from) != stamp
+            and _weights_stamp(self._frozen_from) != stamp
             and stamp is self._frozen_stamp  # no other thread has begun to change the weights
         ):
             raise RuntimeError(
@@ -221,7 +226,7 @@ class FrozenLSTM(LSTM):
         new.__dict__.update(copy.deepcopy(state, memo))
         new._init_flat_weights()
         new._use_packed()
-        if _kernels().weights_stamp(self._frozen_from) != self._frozen_stamp:
+        if _weights_stamp(self._frozen_from) != self._frozen_stamp:
             new._frozen_stamp = -1  # the weights of the copy do not fit either
         return new
 
@@ -260,8 +265,9 @@ class FrozenTorchLSTM(FrozenLSTM, TorchLSTM):
 def _kernels() -> Any:
     kernels = loader.extension()
     if kernels is None:
+        reason = str(loader.status().reason).rstrip(".")
         raise RuntimeError(
-            f"freeze: needs the compiled kernels, which are not there: {loader.status().reason} Where they are, "
+            f"freeze: needs the compiled kernels, which are not there: {reason}. Where they are, "
             "save the state dict of a frozen layer: layers that are not frozen load it anywhere"
         )
     return kernels
