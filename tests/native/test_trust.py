@@ -236,6 +236,7 @@ def test_a_library_that_is_a_link_is_not_loaded(folder):
 @pytest.mark.parametrize("what", ["the folder", "a library", "the record"])
 def test_a_build_that_another_user_could_write_is_not_loaded(folder, what, monkeypatch):
     """It would be code of another user, run as us. Nothing is loaded, and the error names the place and the command."""
+    monkeypatch.setenv("LSTM_EXT_CUDA", "0")  # otherwise a torch with CUDA takes another folder, and builds
     directory = jit.folder(jit.source_dir(), "cpu")
     directory.mkdir(parents=True, mode=0o700)
     paths = {
