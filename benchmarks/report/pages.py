@@ -140,6 +140,10 @@ def main(arguments: list[str] | None = None) -> int:
         elif renew(block, check=given.check):
             differ.append(f"{block.page}: {block.name}")
     if differ:
+        if not (given.check or ages.has_history()):
+            print(
+                "without the history of git: what is renewed has no mark of how many commits there are since"
+            )
         print(f"{'not as in the record' if given.check else 'renewed'}:", *differ, sep="\n  ")
         if given.check:
             print("`python benchmarks/report` writes them from the records")
