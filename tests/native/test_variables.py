@@ -53,7 +53,7 @@ VARIABLES = (
     ("LSTM_EXT_CUDA", ["yes"], "set it to 0 or 1, or unset it", BUILT_WITH),
 )
 # For tests: they are no matter of users, and stand in docs/contributing.md.
-SWITCHES_OF_TESTS = {"LSTM_EXT_CPU_VNNI", "LSTM_EXT_CPU_WAIT_LIMIT"}
+SWITCHES_OF_TESTS = {"LSTM_EXT_CPU_VNNI"}
 
 
 def test_a_value_that_means_nothing() -> None:
