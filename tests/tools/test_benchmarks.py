@@ -144,7 +144,7 @@ def test_a_pair(tmp_path):
 def test_usual_malloc(tmp_path):
     """Each case in a process whose malloc nobody has told anything."""
     path = tmp_path / "malloc.json"
-    names = ("B1-T1-H128", "stream-H16", "small", "rollout-B1-H64", "cell-B1-H64")
+    names = ("stream-H16", "small", "rollout-B1-H64", "cell-B1-H64")
     of_some = ("--shapes", *names, "--threads", 1, "--budget", 0.01, "--output", path)
     run("bench.py", "--usual-malloc", *of_some, MALLOC_ARENA_MAX="1")
     record = json.loads(path.read_text())
