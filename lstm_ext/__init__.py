@@ -32,6 +32,7 @@ from .nn.from_onnx import from_onnx
 from .nn.frozen import FrozenLSTM, FrozenTorchLSTM, freeze, unfreeze
 from .nn.keras import patch_keras
 from .nn.lstm import LSTM
+from .nn.registered import register
 from .nn.torch_lstm import TorchLSTM, TorchLSTMCell, patch
 
 loader.load_built()
@@ -61,6 +62,7 @@ __all__ = [
     "patch",
     "patch_keras",
     "reference",
+    "register",
     "release_memory",
     "report",
     "revert",

@@ -14,6 +14,7 @@ from ..native import integrations
 from ..options import OPTIONS
 from .cell import LSTMCell
 from .lstm import LSTM
+from .registered import looks_like_lstm, stand_in
 from .torch_lstm import (
     PatchedLSTM,
     PatchedLSTMCell,
@@ -115,6 +116,9 @@ def convert(
     parametrizations; ``torch.compile``, which compiles again at the next call. A layer that was converted before only
     changes to the kind that is asked for.
 
+    A module of a class that :func:`lstm_ext.register` was told about, or of one of those that this package knows, is no
+    LSTM to torch: another module takes its place, and where it is ``model`` itself, that one is returned.
+
     A model in which no LSTM is found stays unchanged. A UserWarning says then which classes of modules it has and where
     LSTMs hide. It names what comes near: LSTMs in plain lists, dicts and attributes, other recurrent layers, classes
     that are called LSTM, and skipped subclasses that have code of their own.
@@ -132,7 +136,7 @@ def convert(
             override nothing are always converted. Both kinds stay instances of their class and of torch's.
 
     Returns:
-        ``model``.
+        ``model``; or the layer in its place, if it is itself a module of a registered class.
 
     Raises:
         TypeError: ``model`` is not a module; or it has LSTMs that cannot be converted. The text gives the
@@ -144,10 +148,23 @@ def convert(
         ValueError: ``skip`` has a name that the model does not have.
     """
     integrations.install()
-    found, passed_over = _change_classes(
-        model, _SUBCLASSES if as_subclass else _OURS, "convert", skip, subclasses
-    )
-    if not found:
+    skip = skip if isinstance(skip, str) else list(skip)
+    pairs = _SUBCLASSES if as_subclass else _OURS
+    found, passed_over = _change_classes(model, pairs, "convert", skip, subclasses)
+    new = {
+        module: layer
+        for module in set(modules_of(model)) - _skipped(model, skip, "convert")
+        if (layer := stand_in(module)[0]) is not None
+    }
+    for parent in modules_of(model) if new else ():
+        for name, child in parent._modules.items():
+            if child in new:
+                parent._modules[name] = new[child]
+    for layer in new.values():
+        _change_classes(layer, pairs, "convert", (), subclasses)
+    if model in new:
+        return new[model]
+    if not found and not new:
         text = nothing_found(model, passed_over)
         if text:
             warnings.warn(text, UserWarning, stacklevel=2)
@@ -186,20 +203,28 @@ class Entry(NamedTuple):
         )
 
 
+_LOOKS = (
+    "its parameters have the shapes of an LSTM: if it is one, lstm_ext.register tells convert about its class"
+)
+
+
 def report(model: nn.Module) -> list[Entry]:
     """Each LSTM and LSTMCell in ``model``: its name, its class, whether it is ours, and why not.
 
     ``print(*lstm_ext.report(model), sep="\\n")`` prints a line for each. A layer that :func:`convert` would convert has
     the reason "not converted". A subclass of ours that has a ``forward`` of its own is ours if its code calls
     ``super().forward``; where the code does not tell, ``reason`` says so. LSTMs in plain lists, dicts and attributes,
-    which :func:`convert` does not see, come last.
+    which :func:`convert` does not see, come last. Modules whose class is registered
+    (:func:`register`), and those whose own parameters have the shapes of an LSTM, are listed too.
 
     Args:
         model: any module.
 
     Returns:
         a list of named tuples ``(name, kind, ours, reason)``, in the order of ``model.named_modules()``; ``reason`` is
-        empty for ours, except where the code does not tell and for those that :func:`convert` does not see.
+        empty for ours, except where the code does not tell, for those that :func:`convert` does not see, and for layers
+        that took the place of a module of a registered class, where it names the class and says whether the parameters
+        are copies.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -216,10 +241,17 @@ def report(model: nn.Module) -> list[Entry]:
                 False: "its forward does not reach ours: it does not call super().forward",
                 None: "it is not known whether its forward reaches ours: the code does not tell",
             }[reaches]
+            reason = reason or vars(module).get("_stands_for", "")
             entries.append(Entry(name, kind, reaches is not False, reason))
         elif is_or_was_lstm(module):
             refusal = _new_class(module, _OURS, subclasses=False)[1]
             entries.append(Entry(name, kind, False, refusal or "not converted"))
+        else:
+            layer, refusal = stand_in(module)
+            if refusal or layer is not None:
+                entries.append(Entry(name, kind, False, refusal or "not converted"))
+            elif looks_like_lstm(module):
+                entries.append(Entry(name, kind, False, _LOOKS))
     entries += [
         Entry(
             path, kind_of(module), isinstance(module, (LSTM, LSTMCell)), f"{HIDDEN}: convert does not see it"
