@@ -48,6 +48,7 @@ FREE_INSTALLED := $(FREE_VENV)/.lstm_ext-installed
 COMPAT_VENV ?= .venv-compat
 COMPAT_PY := $(COMPAT_VENV)/bin/python
 COMPAT_PACKAGES := $(COMPAT_VENV)/.lstm_ext-packages
+OLD_KERAS := $(COMPAT_VENV)/old-keras
 
 .PHONY: build sdist wheel wheel-check release-check aarch64 check test test-tools test-full free-threaded compat planted mutants sanitize soak fuzz demo-rl demo-streaming demo bench bench-quick records library cuda-build gpu-check gpu-bench lint format docs clean force
 .DELETE_ON_ERROR:
@@ -185,6 +186,7 @@ free-threaded: $(FREE_INSTALLED)
 # Packages that have LSTMs, before and after lstm_ext.convert. Installs 2 GB.
 compat: build $(TESTING) $(COMPAT_PACKAGES)
 	$(COMPAT_PY) -m pytest -q -n 0 -m full --disable-warnings tests/compat $(ARGS)
+	PYTHONPATH=$(OLD_KERAS) $(COMPAT_PY) -m pytest -q -n 0 -m full --disable-warnings tests/compat/test_keras.py
 
 lint: $(LINTERS)
 	$(PY) -m ruff check .
@@ -299,4 +301,5 @@ $(COMPAT_PACKAGES): pyproject.toml $(PACKAGES)
 	LSTM_EXT_SKIP_BUILD=1 $(COMPAT_PY) -m pip install -q --no-build-isolation -c $(COMPAT_VENV)/torch.txt -e '.[compat]'
 	$(COMPAT_PY) -m pip install -q --no-deps 'espnet>=202511' 'kraken>=7'
 	LSTM_EXT_SKIP_BUILD=1 $(COMPAT_PY) -m pip install -q --no-build-isolation -c $(COMPAT_VENV)/torch.txt -e '.[frameworks]'
+	$(COMPAT_PY) -m pip install -q --no-deps --target $(OLD_KERAS) keras==3.3.3
 	@touch $@

@@ -144,41 +144,12 @@ def extension_arguments() -> dict:
     }
 
 
-def prebuilt_arguments(libraries: Path) -> dict:
-    """For .ci/wheel.py: a wheel of libraries that are there already, for several torches and Pythons."""
-    from setuptools.command.bdist_wheel import bdist_wheel
-    from setuptools.command.build_py import build_py
-
-    class CopyLibraries(build_py):
-        def run(self):
-            super().run()
-            for path in libraries.iterdir():
-                self.copy_file(str(path), str(Path(self.build_lib) / "lstm_ext" / "native" / path.name))
-
-    class ForEveryPython(bdist_wheel):
-        def get_tag(self):
-            return "py3", "none", super().get_tag()[2]
-
-    class WithLibraries(setuptools.Distribution):
-        def has_ext_modules(self):
-            return True
-
-    return {
-        "distclass": WithLibraries,
-        "cmdclass": {"build_py": CopyLibraries, "bdist_wheel": ForEveryPython},
-    }
-
-
 if int(setuptools.__version__.split(".")[0]) < 77:
     sys.exit(f"error: setuptools {setuptools.__version__} is too old: `pip install 'setuptools>=77'`.")
 
-skip = (
-    os.environ.get("LSTM_EXT_SKIP_BUILD", "0") != "0"
-    or not config.is_supported_platform()
-    or {"sdist", "clean"} & set(sys.argv)
-)
-prebuilt = os.environ.get("LSTM_EXT_PREBUILT")
-if prebuilt:
-    setuptools.setup(**prebuilt_arguments(Path(prebuilt)))
-else:
-    setuptools.setup(**({} if skip else extension_arguments()))
+try:
+    skip = config.chosen("LSTM_EXT_SKIP_BUILD", "0") == "1"
+except ValueError as error:
+    sys.exit(f"error: {error}")
+skip = skip or not config.is_supported_platform() or bool({"sdist", "clean"} & set(sys.argv))
+setuptools.setup(**({} if skip else extension_arguments()))

@@ -251,6 +251,37 @@ def write_record(machine: Machine, torches: list[Torch], pythons: list[Python], 
     config.write_record(out, ", ".join(versions.values()), compiler, config.digest(ROOT / "csrc"), **more)
 
 
+def pack(libraries: Path, base: Path, dist: Path, machine: Machine) -> None:
+    """The wheel of the package and of libraries that are there, for several torches and Pythons."""
+    sys.path.remove(str(Path(__file__).resolve().parent))  # setuptools has a package of the name of this file
+    import setuptools
+    from setuptools.command.bdist_wheel import bdist_wheel
+    from setuptools.command.build_py import build_py
+
+    class CopyLibraries(build_py):
+        def run(self) -> None:
+            super().run()
+            for path in libraries.iterdir():
+                self.copy_file(str(path), str(Path(self.build_lib) / "lstm_ext" / "native" / path.name))
+
+    class ForEveryPython(bdist_wheel):
+        def get_tag(self) -> tuple[str, str, str]:
+            return "py3", "none", super().get_tag()[2]
+
+    class WithLibraries(setuptools.Distribution):
+        def has_ext_modules(self) -> bool:
+            return True
+
+    # A folder of its own: build/lib may hold libraries of other builds.
+    command = ["-q", "build", f"--build-base={base}", "bdist_wheel", f"--dist-dir={dist}"]
+    os.chdir(ROOT)
+    setuptools.setup(
+        script_args=[*command, f"--plat-name=linux_{machine.name}"],
+        distclass=WithLibraries,
+        cmdclass={"build_py": CopyLibraries, "bdist_wheel": ForEveryPython},
+    )
+
+
 def made(machine: str) -> Path:
     """The wheel in dist/."""
     found = sorted((ROOT / "dist").glob(f"lstm_ext-{config.VERSION}-*manylinux_2_??_{machine}.whl"))
@@ -373,16 +404,7 @@ def main() -> int:
     raw, base = work / "raw", work / "base"
     for folder in (raw, base):
         shutil.rmtree(folder, ignore_errors=True)
-    # A folder of its own: build/lib may hold libraries of other builds.
-    build = [
-        "build",
-        f"--build-base={base}",
-        "bdist_wheel",
-        f"--dist-dir={raw}",
-        f"--plat-name=linux_{machine.name}",
-    ]
-    environment = os.environ | {"LSTM_EXT_PREBUILT": str(out)}
-    subprocess.run([sys.executable, "setup.py", "-q", *build], check=True, cwd=ROOT, env=environment)
+    pack(out, base, raw, machine)
     (unrepaired,) = raw.glob("*.whl")
     excluded = [f"--exclude=lib{name}.so" for name in (*TORCH_LIBRARIES, "torch_python")]
     repair = ["repair", f"--plat={machine.tag}", *excluded, "-w", str(ROOT / "dist"), str(unrepaired)]

@@ -1,7 +1,8 @@
 """The benchmark suite: `make bench`.
 
     python benchmarks/bench.py [--only GROUP ...] [--shapes NAME ...] [--threads N ...] [--dtypes NAME ...]
-                               [--budget SECONDS] [--repeats N] [--quick | --pair] [--list] [--output FILE]
+                               [--budget SECONDS] [--repeats N] [--quick | --pair | --usual-malloc] [--list]
+                               [--output FILE]
 
 --pair measures torch.nn.LSTM and our layer only, on nine shapes and in four minutes, and prints their table beside the
 project's targets: `make bench-quick`. Groups that --list shows in brackets run only where --only names them.
@@ -10,14 +11,16 @@ All sides of a case take turns in one run, and every sample is kept. Peers that 
 and left out (peers.py). Results are torch's time over that of a side: above 1 the side is faster. compare.py compares
 two files.
 
-The process keeps freed memory: see `harness.keep_freed_memory`. Nothing fails here: what a busy machine measures is no
-verdict.
+The process keeps freed memory: see `harness.keep_freed_memory`. --usual-malloc leaves malloc as it is, and measures the
+rows of the README, torch and our layer only, each case in a process of its own. Nothing fails here: what a busy machine
+measures is no verdict.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import multiprocessing
 import sys
 import time
 from dataclasses import dataclass
@@ -30,7 +33,7 @@ import machine
 import peers
 import records
 import torch
-from groups import GROUPS, PAIR, Case, Settings
+from groups import GROUPS, PAIR, USUAL_MALLOC, Case, Settings
 from records import Result
 from report import suite, tables
 
@@ -70,14 +73,21 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         "--pair", action="store_true", help=f"torch and our layer only, {PAIR_SECONDS:.0f} s for all cases"
     )
     parser.add_argument(
+        "--usual-malloc", action="store_true", help="torch and our layer only, malloc as it is: ten minutes"
+    )
+    parser.add_argument(
         "--list", action="store_true", help="show groups, cases and peers, and measure nothing"
     )
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"where to write the JSON ({OUTPUT})")
     options = parser.parse_args(arguments)
     usual = [name for name, group in GROUPS.items() if group.usual]
-    options.only = options.only or (list(PAIR) if options.pair else usual)
-    if options.pair and set(options.only) - set(PAIR):
-        parser.error(f"--pair: expected groups among {', '.join(PAIR)}")
+    if options.pair and options.usual_malloc:
+        parser.error("--pair, --usual-malloc: expected one of them")
+    options.some = PAIR if options.pair else USUAL_MALLOC if options.usual_malloc else {}
+    options.only = options.only or list(options.some) or usual
+    if options.some and set(options.only) - set(options.some):
+        flag = "--pair" if options.pair else "--usual-malloc"
+        parser.error(f"{flag}: expected groups among {', '.join(options.some)}")
     options.cases = cases_of(options)
     if options.pair and not options.budget:
         options.budget = PAIR_SECONDS / max(1, sum(case.group != "memory" for case in options.cases))
@@ -96,8 +106,7 @@ def cases_of(options: argparse.Namespace) -> list[Case]:
         group = GROUPS[name]
         wanted = options.shapes or (group.quick if options.quick else ()) or list(group.shapes)
         cases = group.cases(name, options.threads, options.dtypes)
-        paired = PAIR[name] if options.pair else wanted
-        found += [case for case in cases if case.name in wanted and case.name in paired]
+        found += [c for c in cases if c.name in wanted and c.name in options.some.get(name, wanted)]
     return found
 
 
@@ -129,6 +138,12 @@ def measure_case(case: Case, settings: Settings) -> Result:
     figures = GROUPS[case.group].measure(case, settings)
     took = harness.rounded(time.perf_counter() - start)
     return {**head, "dtype": case.dtype, "training": case.training, "seconds": took, **figures}
+
+
+def measure_alone(case: Case, settings: Settings) -> Result:
+    """In a new process, since what was freed decides what malloc does: a fork of this one, which computes nothing."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(measure_case, (case, settings))
 
 
 def line_of(result: Result) -> str:
@@ -173,11 +188,11 @@ class Run:
 def new_record(options: argparse.Namespace, kept: bool) -> Result:
     facts = harness.facts() | machine.facts() | {"freed_memory_kept": kept}
     facts["peers"] = (
-        {} if options.pair else peers.facts()
+        {} if options.some else peers.facts()
     )  # they may have threads of their own once they are imported
     if "torchrl" in options.only:
         facts |= {name: importlib.metadata.version(name) for name in ("torchrl", "tensordict")}
-    names = ("only", "shapes", "threads", "dtypes", "budget", "repeats", "quick", "pair")
+    names = ("only", "shapes", "threads", "dtypes", "budget", "repeats", "quick", "pair", "usual_malloc")
     settings = {name: getattr(options, name) for name in names}
     settings |= {"pause": groups.PAUSE, "sample_seconds": harness.MIN_SAMPLE_SECONDS}
     return {
@@ -198,7 +213,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     before = torch.get_num_threads()
     start = time.perf_counter()
-    record = new_record(options, harness.keep_freed_memory())
+    record = new_record(options, not options.usual_malloc and harness.keep_freed_memory())
+    measure = measure_alone if options.usual_malloc else measure_case
     for name, value in record["facts"].items():
         if name != "peers":
             print(f"{name}: {value}")
@@ -209,16 +225,16 @@ def main(arguments: list[str] | None = None) -> int:
     if record["facts"]["lstm_ext_cpu_capability"] is None:
         print("warning: the compiled extension is not loaded; these are figures of torch's own operator")
     settings = Settings(
-        options.budget, options.repeats, options.pair, machine.Machine(min(0.2, options.budget))
+        options.budget, options.repeats, bool(options.some), machine.Machine(min(0.2, options.budget))
     )
     run = Run(record, settings, options.output)
     try:
-        if not options.pair:
+        if not options.some:
             settings.machine.measure(options.threads)
         with tqdm(options.cases, unit="case", dynamic_ncols=True, disable=None) as bar:  # none in a file
             for place, case in enumerate(bar):
                 bar.set_description(f"{case.group} {case.name}", refresh=False)
-                result = measure_case(case, settings)
+                result = measure(case, settings)
                 record["results"].append(result)
                 for line in (line_of(result), *warnings_of(result)):
                     bar.write(line)

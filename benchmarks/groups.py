@@ -436,3 +436,10 @@ PAIR = {
     "step": ["stream-H128"],
     "memory": shapes.MEMORY,
 }
+# `bench.py --usual-malloc`: the rows of the README.
+USUAL_MALLOC = {
+    "training": [*EVERY],
+    "step": [*shapes.STREAMS],
+    "ragged": [*shapes.TASKS],
+    "resets": [*shapes.ROLLOUTS],
+}

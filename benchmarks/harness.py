@@ -343,6 +343,14 @@ def load() -> float:
 
 # What holds torch and lstm_ext to an older instruction set than the processor has.
 HELD_BY = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY", "LSTM_EXT_CPU_CAPABILITY")
+# What tells malloc to do as it does not by itself, or puts another one into its place.
+ALLOCATOR = (
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_ARENA_MAX",
+    "GLIBC_TUNABLES",
+    "LD_PRELOAD",
+)
 
 
 def facts() -> dict[str, object]:

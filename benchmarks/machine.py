@@ -109,7 +109,11 @@ def facts() -> dict[str, object]:
         "governor": _text("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         "set_by_environment": {
             name: os.environ[name]
-            for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "LSTM_EXT_BACKEND", *harness.HELD_BY)
+            for name in (
+                *("OMP_NUM_THREADS", "MKL_NUM_THREADS", "LSTM_EXT_BACKEND"),
+                *harness.HELD_BY,
+                *harness.ALLOCATOR,
+            )
             if name in os.environ
         },
     }

@@ -28,7 +28,8 @@ ROOT = HERE.parent
 
 
 # What --new measures, and how long that takes.
-NEW = {"suite": "in half an hour", "library": "in five minutes"}
+NEW = {"suite": "in half an hour", "library": "in five minutes", "malloc": "in ten minutes"}
+ARGUMENTS = {"suite": [], "library": ["--only", "library"], "malloc": ["--usual-malloc"]}
 
 
 def command_of(record: Result) -> list[str]:
@@ -36,6 +37,8 @@ def command_of(record: Result) -> list[str]:
     settings, command = record["settings"], ["bench.py"]
     if settings.get("pair"):
         return [*command, "--pair"]
+    if settings.get("usual_malloc"):
+        command.append("--usual-malloc")
     # A record of all groups, of which this is the last, gets those that are new as well.
     only = () if "import" in settings["only"] else ("only",)
     for name in (*only, "shapes", "threads", "dtypes", "budget", "repeats"):
@@ -117,24 +120,14 @@ def sources() -> list[str]:
     return sorted(f"benchmarks/{name}" for name in names - {Path(__file__).name, "gpu_shapes.py"})
 
 
-def git(*arguments: str) -> str | None:
-    """None where there is no git, or no such commit."""
-    try:
-        run = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return run.stdout.strip()
-
-
 def changes_since(entry: Entry) -> str:
     """Why a record is older than the code; empty where it is not."""
     commit = entry.facts["git_commit"] or "no commit"
     if commit.endswith("+changes"):
         return "measured with changes that no commit has"
-    found = git("log", "--format=%h", f"{commit}..HEAD", "--", "csrc", "lstm_ext", *sources())
-    if found is None:
+    count = ages.commits_since(commit, "csrc", "lstm_ext", *sources())
+    if count is None:
         return "its commit is not in this checkout"
-    count = len(found.split())
     return f"{count} commit{'s' if count > 1 else ''} since" if count else ""
 
 
@@ -187,7 +180,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="show all records, and measure nothing")
     parser.add_argument("--force", action="store_true", help="measure also what is newer than the code")
     parser.add_argument(
-        "--new", action="store_true", help="measure the suite and the C library where they have no record"
+        "--new",
+        action="store_true",
+        help="measure the suite, the C library, and torch with malloc as it is, where they have no record",
     )
     given = parser.parse_args(arguments)
     if unknown := set(given.names) - {entry.path.stem for entry in found}:
@@ -210,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not due and not (new and given.new):
         print("nothing to measure")
         return 0
-    if git("status", "--porcelain", "--", "csrc", "lstm_ext", "benchmarks/*.py"):
+    if ages.git("status", "--porcelain", "--", "csrc", "lstm_ext", "benchmarks/*.py"):
         raise SystemExit(
             "renew.py: expected a checkout without changes, since a record names its commit; csrc/, lstm_ext/ or a "
             "benchmark has some: commit them"
@@ -221,9 +216,8 @@ def main(arguments: list[str] | None = None) -> int:
             held = entry.facts.get("set_by_environment", {})
             measured.append(measure(entry.path, command_of(entry.record), held))
         for stem in new if given.new else ():
-            kind = stem.split("_")[0]
-            only = [] if kind == "suite" else ["--only", kind]
-            measured.append(measure(RESULTS / f"{stem}.json", ["bench.py", *only], {}))
+            command = ["bench.py", *ARGUMENTS[stem.split("_")[0]]]
+            measured.append(measure(RESULTS / f"{stem}.json", command, {}))
     finally:
         for path in measured:
             path.replace(RESULTS / path.name)

@@ -320,7 +320,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("hidden_size"), py::arg("proj_size") = 0, py::arg("threads") = 1, py::arg("save") = false,
         py::arg("float64") = false, py::arg("batch_sizes") = py::none(), py::arg("bf16_parts") = 3);
   m.def("set_worker_costs", &lstm_ext::set_worker_costs, py::arg("multiple"));
-  m.def("set_cpu_wait_limit", &cpu::set_wait_limit, py::arg("seconds"), py::arg("file") = 2);
+  m.def("set_cpu_wait_limit", &cpu::set_wait_limit, py::arg("seconds"));
   m.def("set_fewer_when_crowded", &lstm_ext::set_fewer_when_crowded, py::arg("wanted"));
   m.def("cuda_devices", &cuda_devices);
   m.def("cuda_plan", &cuda_plan, py::kw_only(), py::arg("device"), py::arg("steps"), py::arg("batch"),

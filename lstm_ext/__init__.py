@@ -31,6 +31,7 @@ from .nn.from_gates import from_gates
 from .nn.from_onnx import from_onnx
 from .nn.frozen import FrozenLSTM, FrozenTorchLSTM, freeze, unfreeze
 from .nn.gru import GRU, GRUCell
+from .nn.keras import patch_keras
 from .nn.lstm import LSTM
 from .nn.torch_lstm import TorchLSTM, TorchLSTMCell, patch
 
@@ -61,6 +62,7 @@ __all__ = [
     "from_torch_ao",
     "functional",
     "patch",
+    "patch_keras",
     "reference",
     "release_memory",
     "report",

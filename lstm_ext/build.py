@@ -25,7 +25,7 @@ def main() -> int:
     except (config.BuildError, ImportError, ValueError) as error:
         print(f"lstm_ext.build: error: {error}", file=sys.stderr)
         return 1
-    print(f"CUDA kernels: {status.cuda or f'none, {status.cuda_reason}'}")
+    print(f"CUDA kernels: {status.cuda or ', '.join(filter(None, ['none', status.cuda_reason]))}")
     print(f"{'built' if was_built else 'nothing to build'}: {status.path}, for torch {status.torch_version}")
     return 0
 

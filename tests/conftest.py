@@ -54,11 +54,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "devices(*names): the devices that a test runs on")
     config.addinivalue_line("markers", "alone: no other test runs at the same time")
     config.addinivalue_line("markers", "timeout(seconds): see pytest-timeout, which may not be installed")
-    global _stderr
-    _stderr = os.dup(2)  # before pytest captures what goes there
-
-
-_stderr = 2
 
 
 @functools.cache
@@ -221,8 +216,6 @@ def _all_workers() -> None:
     extension = loader.extension()
     if extension is not None:
         extension.set_fewer_when_crowded(False)
-        # What is captured during a test is gone with the process.
-        extension.set_cpu_wait_limit(float(os.environ["LSTM_EXT_CPU_WAIT_LIMIT"]), _stderr)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -121,6 +121,7 @@ def facts_line(record: Result) -> str:
         f"driver {smi['driver_version']}" if "driver_version" in smi else "",
         f"cuDNN {facts['cudnn']}" if facts.get("cudnn") else "",
         *versions(facts),
+        f"load {facts['load_at_start']:.1f} at the start",
     ]
     if left_out := benchmark["left_out"]:
         says.append(f"{len(left_out)} of the cases left out, for want of time")

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import harness
 
-from . import gpu, readme, suite, tables, uses
+from . import ages, gpu, readme, suite, tables, uses
 from .text import RESULTS
 
 ROOT = RESULTS.parents[1]
@@ -37,6 +37,7 @@ class Block(NamedTuple):
 
 BLOCKS = (
     Block("faster", "README.md", uses.RECORDS, readme.faster, "readme"),
+    Block("slowest", "docs/index.md", uses.RECORDS, readme.slowest),
     Block("not-faster", PERFORMANCE, uses.RECORDS, readme.not_faster),
     Block("library", "docs/guide/c-library.md", ("library_*_cores.json",), suite.library),
     Block(
@@ -90,9 +91,10 @@ def renew(block: Block, root: Path = ROOT, check: bool = False) -> bool:
     """Whether the page differed."""
     page, text = root / block.page, block.text(record_of(block))
     head, shown, tail = split(page, block.name)
-    if shown != text and not check:
+    differs = ages.differs(shown, text)
+    if differs and not check:
         page.write_text(f"{head}\n{text}\n{tail}")
-    return shown != text
+    return differs
 
 
 def draw(block: Block, record: Any, folder: Path) -> None:
@@ -138,6 +140,10 @@ def main(arguments: list[str] | None = None) -> int:
         elif renew(block, check=given.check):
             differ.append(f"{block.page}: {block.name}")
     if differ:
+        if not (given.check or ages.has_history()):
+            print(
+                "without the history of git: what is renewed has no mark of how many commits there are since"
+            )
         print(f"{'not as in the record' if given.check else 'renewed'}:", *differ, sep="\n  ")
         if given.check:
             print("`python benchmarks/report` writes them from the records")

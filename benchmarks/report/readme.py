@@ -9,17 +9,16 @@ from typing import Any
 import harness
 from records import Result, ratio
 
-from . import uses
-from .ages import dated
+from . import ages, uses
 from .tables import over
 
 TORCHRL = "torchrl_cpu.json"
 MEANING = (
-    "The geometric mean over torch's time, in brackets the worst case: above 1, our layer is faster. float32 unless a "
-    "line says otherwise, 1 and 2 threads. Empty: not measured. "
+    "The geometric mean of torch's time over ours, in brackets the worst case: above 1, ours is faster. Empty: not "
+    "measured. "
 )
-SEVERAL = "Of several machines of a set, the means of all and the worst of all."
-COSTS = "Of memory and other costs, less is better."
+SEVERAL = "Of several machines, all means and the worst of all."
+COSTS = "float32 unless a line says otherwise. Of memory and other costs, less is better."
 
 
 def torchrl(records: dict[str, Result], folder: str) -> list[str]:
@@ -36,7 +35,7 @@ def torchrl(records: dict[str, Result], folder: str) -> list[str]:
         f"Resets inside a sequence, in TorchRL's `LSTMModule`, {len(ratios)} cases: one call with `resets` is "
         f"{figures[0]} times as fast as torch's layer, which needs the rows cut at each reset, and {figures[1]} times "
         f"as fast as this layer on cut rows ({facts['cpu']}, `{facts['lstm_ext_cpu_capability']}`: "
-        f"{uses.named(TORCHRL, facts, folder)}).",
+        f"{uses.named(TORCHRL, records[TORCHRL], folder)}).",
     ]
 
 
@@ -44,20 +43,52 @@ def machines(records: dict[str, Result]) -> list[uses.Machine]:
     return uses.machines({file: record for file, record in records.items() if file != TORCHRL})
 
 
-def figures_of(records: dict[str, Result], by_set: bool) -> list[str]:
-    """The table and what it means."""
-    meaning = MEANING + (SEVERAL if by_set else COSTS)
-    return [*uses.of_uses(machines(records), by_set), "", meaning]
+def slowest(records: dict[str, Result]) -> str:
+    """What has to stand beside the word "faster"."""
+    below = uses.means_below_one(machines(records))
+    said = f": {'; '.join(below)}" if below else " in no use and on no processor that was measured"
+    return f"Slower than torch in the mean{said}."
+
+
+def span(values: list[Any]) -> str:
+    return " to ".join(map(str, dict.fromkeys([min(values), max(values)])))
 
 
 def faster(records: dict[str, Result]) -> str:
-    return "\n".join(figures_of(records, True))
+    """The table of the README, what it means, where it is below 1, and how it was measured."""
+    found = machines(records)
+    made = [record for machine in found for record in machine.files.values()]
+    kept = {m.place: all([record["facts"]["freed_memory_kept"] for record in m.plain()]) for m in found}
+    others = ", ".join(place for place, is_kept in kept.items() if not is_kept)
+    dates = [record["facts"]["date"][:10] for record in made]
+    loads = [round(record["facts"]["load_at_start"], 1) for record in made]
+    threads = sorted({result["threads"] for record in made for result in record["results"]})
+    old = sum(machine.is_old for machine in found)
+    is_beside = len(made) > sum(len(machine.plain()) for machine in found)
+    beside = " After the slash: with malloc as it is." if is_beside else ""
+    memory = f"freed memory kept by `mallopt`{f' ({others}: malloc as it is)' if others else ''}"
+    missing = "" if is_beside else "; torch with malloc as it is beside it: not measured yet"
+    source = f"[The records](docs/performance.md#by-use-and-processor) of {len(found)} machines"
+    return "\n".join(
+        [
+            *uses.of_uses(found, True),
+            "",
+            f"{MEANING}{SEVERAL}{beside}",
+            "",
+            slowest(records),
+            "",
+            f"{ages.marked(source, f'{old} old' if old else '')}: {span(dates)}, "
+            f"{' and '.join(map(str, threads))} threads, load {span(loads)} at the start, {memory}{missing}.",
+        ]
+    )
 
 
 def by_processor(records: dict[str, Result]) -> str:
     folder = "../benchmarks/results"
     lines = [
-        *figures_of(records, False),
+        *uses.of_uses(machines(records), False),
+        "",
+        MEANING + COSTS,
         *torchrl(records, folder),
         "",
         "The newest record of each machine:",
@@ -79,13 +110,15 @@ def without_kernels(record: Result) -> str:
     return (
         f"- **Speed over torch's layer**, {cases} cases with 1 thread on a Xeon, where the kernels were switched off: "
         f"{said('eager')} by a plain call; {said('packed')} with a `PackedSequence`. "
-        f"[{file.removesuffix('.json')}](../../benchmarks/results/{file}) of {dated(record['facts'])} at "
-        f"{record['facts']['git_commit']}"
+        f"{uses.named(file, record, '../../benchmarks/results')}"
     )
 
 
 def not_faster(records: dict[str, Result]) -> str:
-    head = "Cases in which torch, or the layer before freezing, is faster, of all cases of a machine:"
+    head = (
+        "Cases in which torch, or the layer before freezing, is better, of all cases of a machine, by the figures of "
+        "the table. A row or a machine that is not named has none:"
+    )
     return "\n".join([head, "", *uses.slower(uses.machines(records))])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from records import Result
 
 from .ages import dated
-from .text import facts_line, kind_of, plural, table
+from .text import conditions, facts_line, kind_of, plural, table
 
 SIDES = {
     "ours": "lstm_ext",
@@ -114,8 +114,8 @@ def library(records: dict[str, Result]) -> str:
         ]
         lines += [
             "",
-            f"{facts['cpu']}, `{facts['lstm_ext_cpu_capability']}`, {dated(facts)} at {facts['git_commit']} "
-            f"([{name.removesuffix('.json')}](../../benchmarks/results/{name})):",
+            f"{facts['cpu']}, `{facts['lstm_ext_cpu_capability']}`, {dated(facts)} at {facts['git_commit']}, "
+            f"{conditions(record)} ([{name.removesuffix('.json')}](../../benchmarks/results/{name})):",
             "",
             *table(["H", *LIBRARY_SIDES.values()], rows),
         ]

@@ -180,13 +180,12 @@ def cost(record: Result) -> str:
         "saved for the backward pass": lambda r: f"{r['saved']['recompute'] / r['saved']['ours']:.2f}",
         "peak of a training step": lambda r: f"{over(r, 'ours', 'recompute'):.2f}",
     }
-    kept = " The process keeps freed memory." if record["facts"]["freed_memory_kept"] else ""
     lines = [
         *part("a training step costs", "extras", of_cost, "target: at most"),
         *part("memory with `recompute`", "saved", of_memory),
         "Relative to the layer without the option (`layer_norm, recompute`: to `layer_norm`), float32, on 1 and on 2 "
         "threads. Masks are drawn in every step; 3 in 100 steps are reset. Both sides alternate in one run; "
-        f"medians.{kept}",
+        "medians.",
         "",
         facts_line(record),
     ]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import harness
 from records import Result
 
 from .ages import dated
@@ -46,6 +47,24 @@ def gain(result: Result, side: str = "ours") -> str:
     return f"{number(theirs)} → {number(ours)} ms, **{theirs / ours:.2f}×**"
 
 
+def conditions(record: Result) -> str:
+    """Threads, the load of the machine before, and what malloc does with freed memory."""
+    facts = record["facts"]
+    threads = " and ".join(map(str, sorted({r["threads"] for r in record["results"]})))
+    settings = [
+        f"{name}={value}"
+        for name, value in (facts.get("set_by_environment") or {}).items()
+        if name in harness.ALLOCATOR
+    ]
+    kept = "freed memory kept by `mallopt`" if facts["freed_memory_kept"] else "malloc as it is"
+    parts = [
+        f"{threads} thread{'' if threads == '1' else 's'}",
+        f"load {facts['load_at_start']:.1f} at the start",
+        kept,
+    ]
+    return ", ".join(parts + settings)
+
+
 def versions(facts: Result) -> list[str]:
     commit = f" at {facts['git_commit']}" if facts["git_commit"] else ""
     return [f"torch {facts['torch']}", f"lstm_ext {facts['lstm_ext']}{commit}", dated(facts)]
@@ -57,5 +76,6 @@ def facts_line(record: Result) -> str:
         f"{facts['cpu']}, {facts['cores']} cores",
         f"instruction set in use: {facts['lstm_ext_cpu_capability'] or 'none'}",
         *versions(facts),
+        conditions(record),
     ]
     return "; ".join(parts) + "."

@@ -13,14 +13,14 @@ from typing import NamedTuple
 import harness
 from records import Result, ratio
 
-from .ages import dated
+from .ages import age, dated
 from .tables import over
-from .text import table
+from .text import conditions, table
 
-RECORDS = ("suite_*_cores.json", "cpu_*_cores.json", "contract_*_cores.json")
+RECORDS = ("suite_*_cores.json", "cpu_*_cores.json", "contract_*_cores.json", "malloc_*_cores.json")
 # suite_epyc_zen5_avx2_2_cores.json; the name may have the one group of the record.
 FILE = re.compile(
-    r"(?P<kind>suite|cpu|contract|library)(_(packed|vmap|callers|16-bit|cell|frozen|rollout|busy|fallback))?"
+    r"(?P<kind>suite|cpu|contract|library|malloc)(_(packed|vmap|callers|16-bit|cell|frozen|rollout|busy|fallback))?"
     r"_(?P<machine>\w+)_(?P<cores>\d+)_cores\.json"
 )
 LARGE = 256  # hidden units from which the layer gains little without a tile engine, with a batch
@@ -28,6 +28,7 @@ PEERS = ("torch", "onnxruntime", "openvino")
 SETS = {
     "amx": "AMX", "avx512_bf16": "AVX-512", "avx512": "AVX-512", "avx2": "AVX2", "neon": "NEON",
 }  # fmt: skip
+AS_IT_IS = "malloc as it is"  # of the records of `bench.py --usual-malloc`, whose keys end so
 Cases = dict[str, list[float]]
 
 
@@ -85,8 +86,8 @@ USES = (
         "torch-busy-1",
     ),
     Use("busy-2", "two threads beside two busy programs", True, "torch-busy-2"),
-    Use("first", "first call of a process, ms", True, "torch-first"),
-    Use("import", "import after torch's, ms", cost=True),
+    Use("first", "import after torch's and first call of a process, ms", True, "torch-first"),
+    Use("import", "of these the import, ms", cost=True, part_of="first"),
 )
 
 
@@ -131,6 +132,9 @@ def cases_of(record: Result) -> Cases:
         for r in record["results"]
         if r["group"] in ("inference", "training") and r["dtype"] == "float32"
     }
+    # A first call that loads nothing has an import that does.
+    imports = [r["sides"]["ours after torch"]["median"] for r in record["results"] if r["group"] == "import"]
+    imported = imports[0] if imports else None
     for result in record["results"]:
         group, sides = result["group"], result["sides"]
         if group in ("inference", "training"):
@@ -165,11 +169,13 @@ def cases_of(record: Result) -> Cases:
             for count in (1, 2):
                 put(cases, result["slowdowns"][f"ours_beside_{count}"], f"busy-{count}")
                 put(cases, result["slowdowns"][f"torch_beside_{count}"], f"torch-busy-{count}")
-        elif group == "first-call":
-            put(cases, sides["ours"]["median"], "first")
+        elif group == "first-call" and imported is not None:
+            put(cases, imported + sides["ours"]["median"], "first")
             put(cases, sides["torch"]["median"], "torch-first")
         elif group == "import":
-            put(cases, sides["ours after torch"]["median"], "import")
+            put(cases, imported, "import")
+    if record["settings"].get("usual_malloc"):
+        return {f"{use}, {AS_IT_IS}": values for use, values in cases.items()}
     return cases
 
 
@@ -180,7 +186,28 @@ class Machine(NamedTuple):
     name: str  # as in the names of its records
     set_name: str
     uses: dict[str, list[float]]
-    files: dict[str, Result]  # of the records that the uses come from, the facts
+    files: dict[str, Result]  # the records that the uses come from
+
+    @property
+    def place(self) -> str:
+        return f"{SETS[self.set_name]}, {self.processor}"
+
+    def plain(self) -> list[Result]:
+        """Its records but for those of malloc as it is."""
+        return [record for record in self.files.values() if not record["settings"].get("usual_malloc")]
+
+    @property
+    def is_old(self) -> bool:
+        return any([age(record["facts"]) for record in self.files.values()])
+
+    def over_torch(self, use: Use) -> list[float]:
+        """Of each case of a row how many times better than torch it is; a cost of torch's may be none."""
+        values = self.uses.get(use.key, [])
+        if not use.cost:
+            return values
+        if use.theirs:
+            return [theirs / ours for theirs, ours in zip(self.uses.get(use.theirs, []), values, strict=True)]
+        return [1 / value for value in values] if use.key == "memory" else []
 
     @property
     def processor(self) -> str:
@@ -203,8 +230,8 @@ def machines(records: dict[str, Result]) -> list[Machine]:
             newest[use] = max(newest.get(use, ("", "", [])), (record["facts"]["date"], file, values))
     result = []
     for name, newest in found.items():
-        files = {file: records[file]["facts"] for _, file, _ in sorted(newest.values(), reverse=True)}
-        capability = next(iter(files.values()))["lstm_ext_cpu_capability"]
+        files = {file: records[file] for _, file, _ in sorted(newest.values(), reverse=True)}
+        capability = next(iter(files.values()))["facts"]["lstm_ext_cpu_capability"]
         uses = {use: values for use, (_, _, values) in newest.items()}
         result.append(Machine(name, capability, uses, files))
     order = list(SETS)
@@ -232,8 +259,10 @@ def figures(use: Use, found: Sequence[Machine], key: str = "") -> str:
     return f"{mean} ({short(worst_of(use, [x for v in values for x in v]))})"
 
 
-def cell(use: Use, found: Sequence[Machine]) -> str:
+def cell(use: Use, found: Sequence[Machine], by_set: bool) -> str:
     ours = figures(use, found)
+    if by_set and (usual := figures(use, found, f"{use.key}, {AS_IT_IS}")):
+        ours += f" / {usual}"
     return f"{ours}; torch {figures(use, found, use.theirs)}" if ours and use.theirs else ours
 
 
@@ -250,26 +279,41 @@ def number_of_cases(use: Use, found: list[Machine]) -> str:
     return " to ".join(map(str, dict.fromkeys([counts[0], counts[-1]])))
 
 
+def rows_of(found: list[Machine]) -> list[Use]:
+    """All uses, and below those of the README the same with malloc as it is, where that was measured."""
+    rows = []
+    for use in USES:
+        rows.append(use)
+        usual = use._replace(key=f"{use.key}, {AS_IT_IS}", title=f"{use.title}, {AS_IT_IS}", first="")
+        if use.first and any([usual.key in m.uses for m in found]):
+            rows.append(usual)
+    return rows
+
+
 def of_uses(found: list[Machine], by_set: bool) -> list[str]:
     """The table: of the README by instruction set, or of all uses by machine."""
     columns, rows = columns_of(found, by_set), []
-    for use in [use for use in USES if use.first or not by_set]:
-        cells = [cell(use, column) for column in columns.values()]
+    for use in [use for use in rows_of(found) if use.first or not by_set]:
+        cells = [cell(use, column, by_set) for column in columns.values()]
         if any(cells):
             rows.append([use.first, *cells] if by_set else [use.title, number_of_cases(use, found), *cells])
     return table(["", *([] if by_set else ["cases"]), *columns], rows)
 
 
-def named(file: str, facts: Result, folder: str) -> str:
-    return f"[{file.removesuffix('.json')}]({folder}/{file}) of {dated(facts)} at {facts['git_commit']}"
+def named(file: str, record: Result, folder: str) -> str:
+    facts = record["facts"]
+    return (
+        f"[{file.removesuffix('.json')}]({folder}/{file}) of {dated(facts)} at {facts['git_commit']}, "
+        f"{conditions(record)}"
+    )
 
 
 def sources(found: list[Machine], folder: str) -> list[str]:
-    """Beside each machine its records, each with date and commit."""
+    """Beside each machine its records, each with date, commit and conditions."""
     lines = []
     for machine in found:
-        facts = next(iter(machine.files.values()))
-        records = "; ".join(named(file, of_file, folder) for file, of_file in machine.files.items())
+        facts = next(iter(machine.files.values()))["facts"]
+        records = "; ".join(named(file, record, folder) for file, record in machine.files.items())
         lines.append(
             f"- {SETS[machine.set_name]}: {machine.processor} ({facts['cpu']}, {facts['cores']} cores, "
             f"`{machine.set_name}`): {records}"
@@ -278,16 +322,32 @@ def sources(found: list[Machine], folder: str) -> list[str]:
 
 
 def slower(found: list[Machine]) -> list[str]:
-    """The uses that have cases in which torch, or the layer before freezing, is faster."""
-    lines = []
-    for use in USES:
+    """Of each row how many cases are better with torch, or by the layer before freezing; then of all rows."""
+    lines: list[str] = []
+    behind = {machine.place: [0, 0] for machine in found}
+    for use in rows_of(found):
         parts = []
-        for machine in () if use.cost or use.part_of else found:
-            values = machine.uses.get(use.key, [])
+        for machine in found:
+            values = machine.over_torch(use)
             below = [value for value in values if value < 1]
+            if not use.part_of:
+                behind[machine.place][0] += len(below)
+                behind[machine.place][1] += len(values)
             if below:
-                place = f"{SETS[machine.set_name]}, {machine.processor}"
-                parts.append(f"{place}: {len(below)} of {len(values)}, worst {min(below):.2f}")
+                parts.append(f"{machine.place}: {len(below)} of {len(values)}, worst {short(min(below))}")
         if parts:
-            lines.append(f"- {use.title}. {'; '.join(parts)}.")
+            lines.append(f"- {use.title}{', counted above too' if use.part_of else ''}. {'; '.join(parts)}.")
+    total = "; ".join(f"{place}: {count} of {of_all}" for place, (count, of_all) in behind.items())
+    return [*lines, f"- **All rows.** {total}."]
+
+
+def means_below_one(found: list[Machine]) -> list[str]:
+    """The rows of torch's time over ours in which a machine is slower in the mean."""
+    lines = []
+    for machine in found:
+        for use in rows_of(found):
+            values = [] if use.cost else machine.over_torch(use)
+            if values and harness.geometric_mean(values) < 1:
+                mean = short(harness.geometric_mean(values))
+                lines.append(f"{use.title}, on {machine.place}, {mean} (worst {short(min(values))})")
     return lines

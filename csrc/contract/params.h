@@ -151,7 +151,7 @@ struct LayerParams {
   ResetState<T> reset_state;
   StepOptions<T> options;
   // The precision of operands on a tile engine: each is the sum of this many bfloat16 numbers. 3 cover all 24 bits of a
-  // float32, 2 cover 16, 1 covers 8. Products outside the tile engine use T.
+  // float32, 2 cover 16, 1 covers 8; 0: no product runs on the engine. Products outside the tile engine use T.
   int bf16_parts;
   const FrozenWeights<T>* frozen;  // or null; a forward pass then reads these in place of the weights
 };

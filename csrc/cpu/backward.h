@@ -122,8 +122,10 @@ class Backward {
   ChunkGradients<T> gradients_;
 };
 
+// Not inlined into its one caller, since GCC would then inline less into it.
 template <typename T>
-void backward(const BackwardParams<T>& params, const BackwardPlan& plan, char* workspace, int worker) {
+__attribute__((noinline)) void backward(const BackwardParams<T>& params, const BackwardPlan& plan, char* workspace,
+                                        int worker) {
   if (!params.options.any()) {
     Backward<T, FusedBackwardStep<T>>(params, plan, workspace, worker).run();
   } else if (!params.options.normalised()) {

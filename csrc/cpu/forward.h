@@ -163,8 +163,10 @@ void freeze(const LayerWeights<T>& weights, const LayerShape& shape, const Froze
   }
 }
 
+// Not inlined into its one caller, since GCC would then inline less into it.
 template <typename T>
-void forward(const ForwardParams<T>& params, const ForwardPlan& plan, char* workspace, int worker) {
+__attribute__((noinline)) void forward(const ForwardParams<T>& params, const ForwardPlan& plan, char* workspace,
+                                       int worker) {
   if (!params.options.any()) {
     Forward<T, FusedForwardStep<T>>(params, plan, workspace, worker).run();
   } else if (!params.options.normalised()) {

@@ -14,19 +14,26 @@
 namespace lstm_ext::cpu::LSTM_EXT_ISA {
 namespace {
 
+// A worker's part of a pass. Only a wait at a barrier can fail.
+template <auto kPass, typename Params, typename Plan>
+const char* part_of(const Params& params, const Plan& plan, char* workspace, int worker) {
+  return error_of([&] { kPass(params, plan, workspace, worker); });
+}
+
 #if defined(LSTM_EXT_INFERENCE_ONLY)  // for the C library: a third of the code
 template <typename T>
 constexpr decltype(Kernels<T>::backward) kBackward = nullptr;
 #else
 template <typename T>
-constexpr decltype(Kernels<T>::backward) kBackward = &backward<T>;
+constexpr decltype(Kernels<T>::backward) kBackward = &part_of<&backward<T>, BackwardParams<T>, BackwardPlan>;
 #endif
 
 // Without a tile engine, whose limits are the processor's: see capability.cpp.
 template <typename T>
-constexpr Kernels<T> kKernels{Simd<T>::kLanes,   kTileRows,       EngineLimits{},       &plan_forward<T>,
-                              &plan_backward<T>, &plan_frozen<T>, &sums_gradients_once, &forward<T>,
-                              kBackward<T>,      &freeze<T>,      &multiplies_int8};
+constexpr Kernels<T> kKernels{
+    Simd<T>::kLanes,   kTileRows,       EngineLimits{},       &plan_forward<T>,
+    &plan_backward<T>, &plan_frozen<T>, &sums_gradients_once, &part_of<&forward<T>, ForwardParams<T>, ForwardPlan>,
+    kBackward<T>,      &freeze<T>,      &multiplies_int8};
 
 }  // namespace
 }  // namespace lstm_ext::cpu::LSTM_EXT_ISA

@@ -40,9 +40,10 @@ struct Kernels {
   FrozenPlan (*plan_frozen)(const LayerShape&, const Machine&, int bf16_parts, WeightKind);
   bool (*sums_gradients_once)(const LayerShape&, int bf16_parts);
   // `workspace`: plan.workspace_bytes, aligned to 64, the first plan.barrier_bytes zeroed by the
-  // caller; shared by all workers of the call.
-  void (*forward)(const ForwardParams<T>&, const ForwardPlan&, char* workspace, int worker);
-  void (*backward)(const BackwardParams<T>&, const BackwardPlan&, char* workspace, int worker);
+  // caller; shared by all workers of the call. They fail if a worker waits longer than LSTM_EXT_CPU_WAIT_LIMIT allows:
+  // then each worker returns, and the results mean nothing.
+  const char* (*forward)(const ForwardParams<T>&, const ForwardPlan&, char* workspace, int worker);
+  const char* (*backward)(const BackwardParams<T>&, const BackwardPlan&, char* workspace, int worker);
   // Packs the weights into their places, where the factors of int8 are already.
   void (*freeze)(const LayerWeights<T>&, const LayerShape&, const FrozenWeights<T>& places);
   bool (*multiplies_int8)();  // whether frozen int8 weights multiply bytes; their panels depend on it
@@ -82,8 +83,7 @@ struct Library {
   int (*available_capabilities)(const char** names);
   // LSTM_EXT_CPU_WAIT_LIMIT, or what was set: seconds, 0 for no limit.
   const char* (*wait_limit)(double* seconds);
-  // Also sets the open file that is told where, which is stderr before that; for tests.
-  const char* (*set_wait_limit)(double seconds, int file);
+  void (*set_wait_limit)(double seconds);
 };
 extern "C" LSTM_EXT_PUBLIC const Library* lstm_ext_cpu_library();
 
@@ -112,7 +112,7 @@ inline double wait_limit() {
   check(library().wait_limit(&seconds));
   return seconds;
 }
-inline void set_wait_limit(double seconds, int file) { check(library().set_wait_limit(seconds, file)); }
+inline void set_wait_limit(double seconds) { library().set_wait_limit(seconds); }
 template <typename T>
 const Kernels<T>& kernels_of(const Capability& capability) {
   if constexpr (std::is_same_v<T, float>) {
@@ -133,14 +133,14 @@ LSTM_EXT_PUBLIC void add_capability(Capability* added);
 struct Wait {
   double seconds, noted;  // so far, and when that was noted
 };
-// Ends the process, and says where, if the wait is longer than the limit.
+// Throws std::runtime_error, which says where, if the wait is longer than the limit.
 LSTM_EXT_PUBLIC void note_wait(Wait& wait, uint32_t barrier, uint32_t arrived, uint32_t workers);
 // For the library itself: Library::wait_limit and Library::set_wait_limit.
 const char* read_wait_limit(double* seconds);
-const char* change_wait_limit(double seconds, int file);
+void change_wait_limit(double seconds);
 
 // A copy of a message, of 511 bytes at most, which lives until 64 more are kept in the process. Nothing is allocated.
-const char* kept(const char* message);
+LSTM_EXT_PUBLIC const char* kept(const char* message);
 
 // Calls a function, and returns the message of its exception, or null.
 template <typename Function>

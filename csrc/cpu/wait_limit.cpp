@@ -1,7 +1,5 @@
 // A limit for waits at a barrier. The worker that is missing does not come if there is a mistake in the kernels, or if
 // its thread was ended: without a limit the others wait for it for ever, and nobody learns where.
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
@@ -18,15 +16,17 @@ namespace {
 constexpr const char* kVariable = "LSTM_EXT_CPU_WAIT_LIMIT";
 // Between two notes a worker gives up its processor 64 times. A process that was stopped meanwhile has not waited.
 constexpr double kLongestTurn = 2;
-
-struct Limit {
-  std::atomic<double> seconds;
-  std::atomic<int> file;
-};
+// Workers of one call wait for milliseconds, and longer only if the system runs one of them and not another. The
+// workers of a stream of the C library wait for the next call, which may never come.
+#if defined(LSTM_EXT_INFERENCE_ONLY)
+constexpr double kDefault = 0;
+#else
+constexpr double kDefault = 300;
+#endif
 
 double wish() {
   const char* const text = std::getenv(kVariable);
-  if (!text || !*text) return 0;
+  if (!text || !*text) return kDefault;
   char* end = nullptr;
   const double seconds = std::strtod(text, &end);
   if (*end != 0 || !(seconds >= 0)) {
@@ -35,9 +35,9 @@ double wish() {
   return seconds;
 }
 
-Limit& limit() {
-  static Limit value{{wish()}, {STDERR_FILENO}};
-  return value;
+std::atomic<double>& limit() {
+  static std::atomic<double> seconds{wish()};
+  return seconds;
 }
 
 }  // namespace
@@ -52,26 +52,25 @@ const char* kept(const char* message) {
 }
 
 const char* read_wait_limit(double* seconds) {
-  return error_of([&] { *seconds = limit().seconds; });
+  return error_of([&] { *seconds = limit(); });
 }
-const char* change_wait_limit(double seconds, int file) {
-  return error_of([&] { limit().seconds = seconds, limit().file = file; });
-}
+void change_wait_limit(double seconds) { limit() = seconds; }
 
 void note_wait(Wait& wait, uint32_t barrier, uint32_t arrived, uint32_t workers) {
-  if (limit().seconds == 0) return;
+  const double most = limit();
+  if (most == 0) return;
   timespec time;
   clock_gettime(CLOCK_MONOTONIC, &time);
   const double now = static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
   if (wait.noted > 0) wait.seconds += std::min(now - wait.noted, kLongestTurn);
   wait.noted = now;
-  if (wait.seconds < limit().seconds) return;
-  dprintf(
-      limit().file,
-      "lstm_ext: a worker has waited for %.0f s at barrier %u of its call, which %u of %u workers have reached. The "
-      "others do not come: the process ends (%s).\n",
-      wait.seconds, barrier, arrived, workers, kVariable);
-  std::abort();
+  if (wait.seconds < most) return;
+  char text[256];
+  std::snprintf(text, sizeof(text),
+                "a worker has waited for %.1f s, longer than %s allows, at barrier %u of its call, which %u of %u "
+                "workers have reached: the results mean nothing",
+                wait.seconds, kVariable, barrier, arrived, workers);
+  throw std::runtime_error(text);
 }
 
 }  // namespace lstm_ext::cpu

@@ -13,7 +13,8 @@
  *
  * Real time: lstm_ext_step and lstm_ext_run allocate nothing, lock nothing and make no system call. The same holds for
  * their _part variants, except for sched_yield while another worker is late; LSTM_EXT_CPU_WAIT_LIMIT makes such a wait
- * read the clock, too. All memory is touched when it is created. */
+ * read the clock, too, and end with an error, after which the stream can only be destroyed. All memory is touched when
+ * it is created. */
 #ifndef LSTM_EXT_H
 #define LSTM_EXT_H
 

@@ -25,6 +25,7 @@ struct lstm_ext_stream {
   // them begins before one with fewer.
   char* workspaces[2];
   Barrier* meeting;                          // all threads
+  mutable int failed;                        // a worker waited too long, so the barriers are out of step
   lstm_ext::cpu::ForwardPlan step_plans[2];  // one step, of the first layer and of the others
 };
 
@@ -186,7 +187,7 @@ void run_layer(const lstm_ext_stream& stream, const cpu::ForwardPlan& plan, int6
     params.c_n = static_cast<T*>(stream.c) + set * B * H;
     params.h0 = params.h_n;
     params.c0 = params.c_n;
-    kernels.forward(params, plan, stream.workspaces[d] - plan.barrier_bytes, mine);
+    cpu::check(kernels.forward(params, plan, stream.workspaces[d] - plan.barrier_bytes, mine));
   }
 }
 
@@ -217,6 +218,9 @@ void run_all(const lstm_ext_stream& stream, const void* x, int64_t steps, void* 
 
 const char* check_call(const lstm_ext_stream* stream, const void* x, int64_t steps, const void* y, int64_t worker) {
   if (!stream) return failure("stream: expected one, got NULL");
+  if (__atomic_load_n(&stream->failed, __ATOMIC_RELAXED)) {
+    return failure("stream: a worker waited longer than LSTM_EXT_CPU_WAIT_LIMIT allows: expected another stream");
+  }
   if (!x || !y) return failure("%s: expected an array, got NULL", x ? "y" : "x");
   if (steps < 1 || steps > stream->max_steps) {
     return failure("steps: expected 1 to %lld, got %lld", static_cast<long long>(stream->max_steps),
@@ -241,9 +245,12 @@ const char* check_alone(const lstm_ext_stream* stream, const char* instead) {
 
 const char* run_part(const lstm_ext_stream* stream, const void* x, int64_t steps, void* y, int64_t worker) {
   if (const char* const error = check_call(stream, x, steps, y, worker)) return error;
-  with_type(stream->model->float64(),
-            [&](auto type) { run_all<decltype(type)>(*stream, x, steps, y, static_cast<int>(worker)); });
-  return nullptr;
+  const char* const error = cpu::error_of([&] {
+    with_type(stream->model->float64(),
+              [&](auto type) { run_all<decltype(type)>(*stream, x, steps, y, static_cast<int>(worker)); });
+  });
+  if (error) __atomic_store_n(&stream->failed, 1, __ATOMIC_RELAXED);
+  return error;
 }
 
 const char* step_part(const lstm_ext_stream* stream, const void* x, void* y, int64_t worker) {

@@ -122,7 +122,7 @@ const char* WeightsFile::check_fields() const {
   if (h.float64 > 1) return invalid("dtype");
   if (h.weight_kind > static_cast<uint32_t>(WeightKind::kInt8)) return invalid("weight_kind");
   if (h.float64 != 0 && kind() != WeightKind::kOwn) return invalid("weight_kind");
-  if (h.bf16_parts < 1 || h.bf16_parts > 3) return invalid("bf16_parts");
+  if (h.bf16_parts > 3) return invalid("bf16_parts");
   if (h.num_layers < 1 || h.num_layers > kMostLayers) return invalid("num_layers");
   if (h.directions < 1 || h.directions > 2) return invalid("directions");
   if (h.zero != 0 || h.more_zeros != 0) return invalid("zero");

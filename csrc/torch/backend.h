@@ -35,7 +35,7 @@ struct Backend {
 
 const Backend& cpu_backend();
 // The number of bf16 parts of a layer of this type; see LayerParams. A float32 layer follows torch's own switch,
-// torch.backends.mkldnn.rnn.fp32_precision.
+// torch.backends.mkldnn.rnn.fp32_precision, which is "none" unless somebody asks.
 int bf16_parts_for(at::ScalarType dtype);
 
 // The CUDA backend registers itself if it is part of the build.

@@ -3,6 +3,7 @@
 #include <c10/util/SmallVector.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <optional>
 
@@ -150,7 +151,7 @@ using OfDirections = c10::SmallVector<T, 2>;
 template <typename T, typename Params, typename Plan>
 void run_directions(const OfDirections<Params>& params, const cpu::Kernels<T>& kernels,
                     Plan (*make_plan)(const Params&, const cpu::Machine&),
-                    void (*kernel)(const Params&, const Plan&, char* workspace, int worker),
+                    const char* (*kernel)(const Params&, const Plan&, char* workspace, int worker),
                     const at::TensorOptions& options, bool sums_over_workers) {
   constexpr int64_t kAlignment = 64;
   bool refused = false;
@@ -181,11 +182,14 @@ void run_directions(const OfDirections<Params>& params, const cpu::Kernels<T>& k
     for (size_t i = 0; i < plans.size(); ++i) {
       std::memset(base + places[i].at, 0, static_cast<size_t>(plans[i].barrier_bytes));
     }
+    std::atomic<const char*> problem{nullptr};
     const bool ran = run_at_once(end.first_worker, work, [&](int worker) {
       size_t i = plans.size() - 1;
       while (worker < places[i].first_worker) --i;
-      kernel(params[first + i], plans[i], base + places[i].at, worker - places[i].first_worker);
+      const char* const own = kernel(params[first + i], plans[i], base + places[i].at, worker - places[i].first_worker);
+      if (own) problem = own;
     });
+    TORCH_CHECK(!problem, "lstm_ext: ", problem.load());
     if (ran) {
       first += plans.size();
     } else {
@@ -354,6 +358,7 @@ int bf16_parts_for(at::ScalarType dtype) {
   switch (at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::RNN)) {
     case at::Float32Precision::BF16: return 1;
     case at::Float32Precision::TF32: return 2;
+    case at::Float32Precision::IEEE: return 0;
     default: return 3;
   }
 }

@@ -6,6 +6,8 @@
 #error "compile with -fopenmp: without it everything would run on one thread and say nothing"
 #endif
 #include <omp.h>
+#include <pthread.h>
+#include <sys/stat.h>
 
 #include <algorithm>
 #include <atomic>
@@ -30,10 +32,25 @@ Crowding& crowding() {
 
 std::atomic<double> costs{1};
 
+// A child of fork() has one thread. If the thread that forked had a team before, OpenMP would wait for ever for that
+// team in the child. So the child computes on one thread if the process had a team, or got threads since the library
+// was loaded, which may be a team of torch's operators.
+std::atomic<bool> had_team{false}, lost_team{false};
+nlink_t tasks() {
+  struct stat folder;  // it has a folder for each thread
+  return stat("/proc/self/task", &folder) == 0 ? folder.st_nlink : 0;
+}
+const nlink_t tasks_at_first = tasks();
+void before_fork() {
+  if (tasks() > tasks_at_first) had_team.store(true, std::memory_order_relaxed);
+}
+void in_child() { lost_team.store(had_team.load(std::memory_order_relaxed), std::memory_order_relaxed); }
+[[maybe_unused]] const int registered = pthread_atfork(&before_fork, nullptr, &in_child);
+
 }  // namespace
 
 int available_threads(bool always_all) {
-  if (at::in_parallel_region() || omp_in_parallel()) return 1;
+  if (at::in_parallel_region() || omp_in_parallel() || lost_team.load(std::memory_order_relaxed)) return 1;
   return always_all ? at::get_num_threads() : crowding().limited(at::get_num_threads());
 }
 
@@ -45,6 +62,7 @@ void set_worker_costs(double multiple) { costs.store(multiple, std::memory_order
 
 bool on_threads(int workers, void (*work)(void* context, int index), void* context) {
   bool complete = false;
+  if (!had_team.load(std::memory_order_relaxed)) had_team.store(true, std::memory_order_relaxed);
 #pragma omp parallel num_threads(workers)
   {
     // All threads see the same number, so all agree.

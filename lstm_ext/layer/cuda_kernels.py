@@ -202,7 +202,7 @@ def choose(device: torch.device) -> bool:
     known = _chosen.get(index)
     if known is not None:
         return known
-    wanted = config.chosen("LSTM_EXT_CUDA_CHECK", "1") == "1"  # whether the first call may try a kernel
+    wanted = config.checks_cuda_kernels()
     if is_requested():
         return True
     if torch.cuda.is_current_stream_capturing():

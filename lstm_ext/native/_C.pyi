@@ -160,8 +160,8 @@ def worker_limit() -> tuple[int, float]:
     """How many workers a limited call may use, because workers had to share their cores with other programs, and for
     how many seconds of calls the limit lasts. For tests."""
 
-def set_cpu_wait_limit(seconds: float, file: int = 2) -> None:
-    """LSTM_EXT_CPU_WAIT_LIMIT, and the open file that is told before the process ends. For tests."""
+def set_cpu_wait_limit(seconds: float) -> None:
+    """LSTM_EXT_CPU_WAIT_LIMIT. For tests."""
 
 def set_fewer_when_crowded(wanted: bool) -> None:
     """False: every call uses all its workers, however busy the cores are. For tests."""

@@ -441,22 +441,26 @@ def requested_cuda_kernel() -> str:
     return chosen("LSTM_EXT_CUDA_KERNEL", "auto", ("auto", *CUDA_KERNELS))
 
 
-def cuda_wait_limit() -> float:
-    """LSTM_EXT_CUDA_WAIT_LIMIT: seconds that a block of a persistent kernel waits for another one; 0: no limit.
+def checks_cuda_kernels() -> bool:
+    """LSTM_EXT_CUDA_CHECK: whether the first call on a GPU may try a kernel."""
+    return chosen("LSTM_EXT_CUDA_CHECK", "1") == "1"
 
-    Raises:
-        ValueError: it is no number of seconds.
-    """
-    value = os.environ.get("LSTM_EXT_CUDA_WAIT_LIMIT") or "10"
-    try:
-        seconds = float(value)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < 1e9:
-        raise ValueError(
-            f"LSTM_EXT_CUDA_WAIT_LIMIT is {value!r}: set it to a number of seconds, or unset it."
-        )
-    return seconds
+
+def check_cuda_variables() -> None:
+    """Raises: ValueError: a variable of the CUDA kernels, which they read on a GPU, has a value that means nothing."""
+    requested_cuda_kernel()
+    checks_cuda_kernels()
+    for variable, kind, most, expected in (
+        ("LSTM_EXT_CUDA_WAIT_LIMIT", float, 1e9, "a number of seconds"),
+        ("LSTM_EXT_CUDA_FREE_MULTIPROCESSORS", int, 10001, "a whole number from 0 to 10000"),
+    ):
+        value = os.environ.get(variable) or "0"
+        try:
+            is_number = 0 <= kind(value) < most
+        except ValueError:
+            is_number = False
+        if not is_number:
+            raise ValueError(f"{variable} is {value!r}: set it to {expected}, or unset it.")
 
 
 def no_cuda_wanted(torch_cuda: str | None) -> str | None:

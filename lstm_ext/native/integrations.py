@@ -1,4 +1,4 @@
-"""Every hook of this package into torch and other packages.
+"""Every hook of this package into torch and other packages, but for `patch` and `patch_keras`, which a user starts.
 
 Importing lstm_ext installs none: the first layer of this package that is made, converted, frozen or loaded calls
 `install`. LSTM_EXT_INTEGRATIONS=0 installs none at all. Each hook says what it was tried with.

@@ -192,8 +192,7 @@ def _failed(error: str) -> tuple[_Result, None]:
 def _choose() -> tuple[_Result, str | None]:
     """The result, and why there are no kernels, if a warning is due."""
     requested = _requested()
-    config.requested_cuda_kernel()  # a bad name raises as early as a bad backend,
-    config.cuda_wait_limit()  # and so does a bad limit
+    config.check_cuda_variables()  # they raise as early as a bad backend
     if requested in ("torch", "reference"):
         return _Result(None, Status(requested, reason=f"LSTM_EXT_BACKEND={requested} asks for it")), None
     try:

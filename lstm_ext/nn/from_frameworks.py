@@ -179,7 +179,8 @@ class Source:
 # Keras' functions that this layer has under another name.
 KERAS = {"linear": "identity"}
 KERAS |= {name: name for name in ("sigmoid", "tanh", "relu", "elu", "softplus", "softsign", "identity")}
-
+# Their numbers differ between the versions of Keras, so they are asked.
+KERAS_ASKED = ("hard_sigmoid", "leaky_relu")
 
 # The functions that Keras has, with its numbers, those of Keras 3 first.
 _IN_KERAS: dict[str, tuple[tuple[float, ...], ...]] = {
@@ -203,22 +204,19 @@ def _keras_directions(weights: Sequence[Any]) -> list[Direction]:
     return [_KERAS.matrices(kernel, recurrent, bias, _KERAS_ARRAYS) for kernel, recurrent, bias in parts]
 
 
-def _keras_activation(layer: Any, name: str, default: str) -> Activation:
-    found = getattr(layer, name, default)
+def keras_activation(found: Any, name: str) -> Activation:
+    """This package's name of a function of Keras, or of its name. Raises: ValueError."""
     known = getattr(found, "__name__", found)
     if known in KERAS:
         return KERAS[known]
-    if known in ("hard_sigmoid", "leaky_relu") and callable(found):
-        # Their numbers differ between the versions of Keras, so they are asked.
+    if known in KERAS_ASKED and callable(found):
         below, above = (float(y) for y in found(_KERAS.array([-1.0, 1.0], name, 2).numpy()))
         asked = -below if known == "leaky_relu" else above - 0.5
         numbers = next((n for n in _IN_KERAS[known] if abs(n[0] - asked) < 1e-6), None)
         if numbers is None:
             raise _KERAS.refuse(f"{name}: {known} with the number {asked:.6g}, which no version of Keras has")
         return (known, *numbers)
-    raise _KERAS.refuse(
-        f"{name}: expected one of {', '.join([*KERAS, 'hard_sigmoid', 'leaky_relu'])}, got {known}"
-    )
+    raise _KERAS.refuse(f"{name}: expected one of {', '.join([*KERAS, *KERAS_ASKED])}, got {known}")
 
 
 def _keras_settings(layer: Any, back: bool = False) -> dict[str, Any]:
@@ -229,8 +227,10 @@ def _keras_settings(layer: Any, back: bool = False) -> dict[str, Any]:
             "go_backwards=True: this layer has not that; get_weights() gives the arrays, and x.flip(1) the input"
         )
     return {
-        "gate_activation": _keras_activation(layer, "recurrent_activation", "sigmoid"),
-        "cell_activation": _keras_activation(layer, "activation", "tanh"),
+        "gate_activation": keras_activation(
+            getattr(layer, "recurrent_activation", "sigmoid"), "recurrent_activation"
+        ),
+        "cell_activation": keras_activation(getattr(layer, "activation", "tanh"), "activation"),
         "time_major": bool(getattr(layer, "time_major", False)),
     }
 

@@ -83,11 +83,11 @@ def _kind_of(layer: Any) -> torch.dtype | None:
 
 
 def _bf16_parts(dtype: torch.dtype) -> int:
-    """The bfloat16 numbers that make an operand on a tile engine; csrc/torch/cpu_layer.cpp has the same."""
+    """The bfloat16 numbers that make an operand on a tile engine, 0 for none; csrc/torch/cpu_layer.cpp has the same."""
     if dtype in (torch.bfloat16, torch.float16):
         return 1 if dtype == torch.bfloat16 else 2
     precision = torch.backends.mkldnn.rnn.fp32_precision  # type: ignore[attr-defined]
-    return {"bf16": 1, "tf32": 2}.get(precision, 3)
+    return {"bf16": 1, "tf32": 2, "ieee": 0}.get(precision, 3)
 
 
 def _header(layer: Any, content_bytes: int) -> bytes:

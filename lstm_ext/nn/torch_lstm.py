@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
+from collections.abc import Iterable
 from types import CellType, CodeType, FunctionType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -14,6 +15,9 @@ from torch import nn
 from ..native.integrations import let_dynamo_take
 from .cell import LSTMCell
 from .lstm import LSTM, runs_without_kernels
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # torch's own classes, bound when this package is imported.
 _LSTM, _CELL = nn.LSTM, nn.LSTMCell
@@ -82,8 +86,8 @@ class PatchedLSTMCell(TorchLSTMCell, metaclass=_StandsForTorch):
 
 
 def _count() -> None:
-    with _lock:
-        for active in _active:
+    with lock:
+        for active in patch._active:
             active.made += 1
 
 
@@ -97,12 +101,59 @@ for _cls in (TorchLSTMCell, PatchedLSTMCell):
 _PLACES = (torch.nn, torch.nn.modules, torch.nn.modules.rnn)
 _CLASSES = {"LSTM": PatchedLSTM, "LSTMCell": PatchedLSTMCell}
 
-_lock = threading.RLock()
-_active: list[patch] = []
-_before: dict[tuple[Any, str], type] = {}
+lock = threading.RLock()
 
 
-class patch:
+class Replacement:
+    """Attributes of other packages that others stand for while an instance is active, in the whole process."""
+
+    # Those of the subclass.
+    _active: ClassVar[list[Any]]
+    _before: ClassVar[dict[tuple[Any, str], tuple[Any, Any]]]  # what was there, and what took its place
+
+    def __init_subclass__(cls) -> None:
+        cls._active, cls._before = [], {}
+
+    def _replaced(self) -> Iterable[tuple[Any, str, Any]]:
+        """Where, by which name, and by what."""
+        raise NotImplementedError
+
+    def start(self) -> Self:
+        """Let it hold until :meth:`stop`, and return it; a second time changes nothing."""
+        with lock:
+            if self in self._active:
+                return self
+            if not self._active:
+                found = {(place, name): (getattr(place, name), new) for place, name, new in self._replaced()}
+                for (place, name), (_, new) in found.items():
+                    setattr(place, name, new)
+                self._before.update(found)
+            self._active.append(self)
+        return self
+
+    def stop(self) -> None:
+        """End it; a second time does nothing."""
+        with lock:
+            if self not in self._active:
+                return
+            if len(self._active) == 1:
+                for (place, name), (_, new) in self._before.items():
+                    now = getattr(place, name)
+                    if now is not new:
+                        raise RuntimeError(
+                            f"{type(self).__name__}: {place.__name__}.{name} has become {now.__module__}."
+                            f"{now.__qualname__} since; undo that first"
+                        )
+                for (place, name), (old, _) in self._before.items():
+                    setattr(place, name, old)
+                self._before.clear()
+            self._active.remove(self)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+
+class patch(Replacement):
     """Put this package's LSTM and LSTMCell in the place of ``torch.nn.LSTM`` and ``torch.nn.LSTMCell``.
 
     For layers that a library builds out of reach::
@@ -135,39 +186,8 @@ class patch:
     def __init__(self) -> None:
         self.made = 0
 
-    def start(self) -> patch:
-        """Put our classes there, until :meth:`stop`, and return this patch; a second time changes nothing."""
-        with _lock:
-            if self in _active:
-                return self
-            if not _active:
-                for place in _PLACES:
-                    for name, cls in _CLASSES.items():
-                        _before[place, name] = getattr(place, name)
-                        setattr(place, name, cls)
-            _active.append(self)
-        return self
-
-    def stop(self) -> None:
-        """End this patch; a second time does nothing."""
-        with _lock:
-            if self not in _active:
-                return
-            if len(_active) == 1:
-                for place, name in _before:
-                    now = getattr(place, name)
-                    if now is not _CLASSES[name]:
-                        raise RuntimeError(
-                            f"patch: {place.__name__}.{name} has become {now.__module__}.{now.__qualname__} since; "
-                            "undo that first"
-                        )
-                for (place, name), cls in _before.items():
-                    setattr(place, name, cls)
-                _before.clear()
-            _active.remove(self)
-
-    def __enter__(self) -> patch:
-        return self.start()
+    def _replaced(self) -> Iterable[tuple[Any, str, Any]]:
+        return [(place, name, cls) for place in _PLACES for name, cls in _CLASSES.items()]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -191,7 +211,7 @@ def with_our_forward(cls: type[nn.Module]) -> type[nn.Module]:
 
     Instances are pickled by the name of ``cls``.
     """
-    with _lock:
+    with lock:
         if cls not in _derived:
             base = TorchLSTM if issubclass(cls, _LSTM) else TorchLSTMCell
             namespace = {

@@ -17,7 +17,7 @@ GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guide" / "other-librarie
 
 def snippets(heading: str) -> list[str]:
     section = re.search(
-        rf"^### {re.escape(heading)}\n(.*?)(?=^##|\Z)", GUIDE.read_text(), re.DOTALL | re.MULTILINE
+        rf"^###? {re.escape(heading)}\n(.*?)(?=^##|\Z)", GUIDE.read_text(), re.DOTALL | re.MULTILINE
     )
     assert section is not None, heading
     return re.findall(r"```python compat\n(.*?)```", section[1], re.DOTALL)
@@ -123,3 +123,10 @@ def test_neuralhydrology():
 
     (found,) = run("neuralhydrology")
     assert are_ours(found["build"](config_of_neuralhydrology("cudalstm")))
+
+
+def test_keras():
+    pytest.importorskip("keras")
+    (found,) = run("Keras on torch")
+    found["handle"].stop()
+    assert found["handle"].computed and not found["handle"].left

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import itertools
 import os
 import shlex
@@ -163,6 +164,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "coupled_gates": {"coupled_gates": True},
     "resets": {"resets": "to a state"},
     "lengths": {"lengths": True},
+    "results": {"returned": "both"},
 }
 # Gradients that are sums over the workers, by the beginnings of their names: docs/guide/precision.md.
 SUMS = {"layer_norm": ("grad of norm", "grad of b_"), "peephole": ("grad of peephole",)}
@@ -215,6 +217,20 @@ def test_a_number_of_threads_changes_no_bit(grid: str, option: str, recompute: b
 
 
 @pytest.mark.usefixtures("many_workers")
+@pytest.mark.usefixtures("many_workers")
+@pytest.mark.parametrize("weights", [None, torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_a_number_of_threads_changes_no_bit_of_a_frozen_layer(grid: str, weights: torch.dtype | None) -> None:
+    case = GRIDS[grid]
+    module = lstm_ext.LSTM(case.input_size, case.hidden_size, bidirectional=True).requires_grad_(False)
+    frozen, x = lstm_ext.freeze(module, weights), torch.randn(case.steps, case.batch, case.input_size)
+    torch.set_num_threads(1)
+    expected = frozen(x)[0]
+    for threads in (2, 3, 8, 16, 64):
+        torch.set_num_threads(threads)
+        assert torch.equal(frozen(x)[0], expected), threads
+
+
 def test_dear_workers_are_fewer() -> None:
     extension = loader.extension()
 
@@ -244,6 +260,39 @@ while limits < 4 and len(calls) < 5000:
     assert torch.equal(found, expected)
 print(calls)
 """
+
+
+AFTER_FORK = """
+import os, signal, torch, lstm_ext
+from lstm_ext.native import loader
+torch.manual_seed(0)
+layer, x = lstm_ext.LSTM(64, 64), torch.randn(50, 8, 64)  # so small that torch's operators use no threads
+loader.extension().set_fewer_when_crowded(False)
+loader.extension().set_worker_costs(0)
+def call():
+    output = layer(x)[0]
+    return [output, *torch.autograd.grad(output.sum(), list(layer.parameters()))]
+torch.set_num_threads(1)
+expected = call()
+torch.set_num_threads(2)
+if os.environ["BEFORE"] == "a team":
+    call()
+if os.fork() == 0:
+    signal.alarm(60)
+    print(all(map(torch.equal, call(), expected)), len(os.listdir("/proc/self/task")) > 1, flush=True)
+    os._exit(0)
+os.wait()
+"""
+
+
+@pytest.mark.parametrize(("before", "has_team"), [("a team", False), ("one thread", True)])
+def test_a_child_of_fork_computes(before: str, has_team: bool) -> None:
+    """On one thread, where OpenMP would wait for the threads of the parent for ever."""
+    command = [sys.executable, "-c", AFTER_FORK]
+    done = subprocess.run(
+        command, env={**os.environ, "BEFORE": before}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"True {has_team}\n", done.stderr
 
 
 def test_workers_that_share_a_core_become_one() -> None:
@@ -316,7 +365,29 @@ def test_how_long_workers_are_limited(tmp_path: Path) -> None:
     assert [found[f"a limit of {what}"][-1] for what in ("one call", "less")] == [1, 2]
 
 
-def test_waits_have_no_limit_unless_it_is_set() -> None:
+@pytest.mark.usefixtures("many_workers")
+def test_a_wait_that_is_too_long_raises() -> None:
+    """On two cores, some of 64 workers wait for longer than a nanosecond. The next call is right."""
+    extension, module, x = loader.extension(), lstm_ext.LSTM(48, 330), torch.randn(20, 8, 48)
+    torch.set_num_threads(1)
+    expected, _ = module(x)
+    output, _ = module(x)
+    torch.set_num_threads(64)
+    try:
+        extension.set_cpu_wait_limit(1e-9)
+        late = r"a worker has waited for .* LSTM_EXT_CPU_WAIT_LIMIT .* barrier \d+ of its call"
+        weights, gradient = list(module.parameters()), torch.ones_like(output)
+        backward = functools.partial(torch.autograd.grad, output, weights, gradient, retain_graph=True)
+        for call in (lambda: module(x), backward):
+            with pytest.raises(RuntimeError, match=late):
+                for _ in range(50):
+                    call()
+    finally:
+        extension.set_cpu_wait_limit(float(os.environ["LSTM_EXT_CPU_WAIT_LIMIT"]))
+    assert torch.equal(module(x)[0], expected)
+
+
+def test_the_limit_of_waits_need_not_be_set() -> None:
     program = """
 if os.environ.get("WITHOUT"):
     del os.environ["LSTM_EXT_CPU_WAIT_LIMIT"]

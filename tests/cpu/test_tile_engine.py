@@ -214,13 +214,23 @@ def precision_of_float32(name: str) -> Iterator[None]:
 def test_precision_of_float32_is_torchs_own_switch(engine, precision, least, most):
     case = sized(6, 20, 70, 80, bidirectional=True)
     exact, reference = ours(case, torch.float32, 0), expected(case, torch.float32, 0)
-    with precision_of_float32("ieee"):
-        same = ours(case, torch.float32, 0)
     with precision_of_float32(precision):
         rounded = ours(case, torch.float32, 0)
-    for name, value in exact.items():
-        assert torch.equal(value, same[name])
+    for name in exact:
         assert least < relative_error(rounded[name], reference[name]) < most, name
+
+
+def test_ieee_uses_no_engine(engine):
+    case, frozen = sized(6, 20, 70, 80, bidirectional=True), lstm_ext.LSTM(70, 80).requires_grad_(False)
+    input = torch.randn(6, 20, 70)
+    with precision_of_float32("ieee"):
+        found, of_frozen = ours(case, torch.float32, 0), lstm_ext.freeze(frozen)(input)[0]
+    with capability("avx512" if "avx512" in _C.cpu_capabilities() else "avx2"):
+        without, of_frozen_without = ours(case, torch.float32, 0), lstm_ext.freeze(frozen)(input)[0]
+    for name, value in {**without, "frozen": of_frozen_without}.items():
+        assert torch.equal(value, {**found, "frozen": of_frozen}[name]), name
+    assert not torch.equal(ours(case, torch.float32, 0)["output"], without["output"])
+    assert not torch.equal(lstm_ext.freeze(frozen)(input)[0], of_frozen_without)
 
 
 def test_without_an_engine_the_switch_changes_nothing():

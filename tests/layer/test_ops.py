@@ -161,6 +161,9 @@ def test_wrong_arguments_are_refused() -> None:
             ops.lstm_layer(input[0], h0, c0, weights, *rest)
         with pytest.raises(RuntimeError, match="got lengths and batch_sizes, expected one of them"):
             call(packed)
+        (rows, *states, batch_sizes, bias, bidirectional), options = change((packed.layer, {}))
+        with pytest.raises(RuntimeError, match="input has 3 dimensions, expected 2"):
+            ops.lstm_layer(rows[None], *states, batch_sizes, bias, bidirectional, **options)
         for case, count in ((without_c0, 9), (resets, 9)):
             keywords = case.backward_keywords()
             keywords["needs_grad"] = [True] * count

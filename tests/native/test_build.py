@@ -432,10 +432,6 @@ ERRORS: dict[str, tuple[Callable[[Project], object], dict[str, str], str]] = {
         lambda project: (project.root / "jit").touch(), {"LSTM_EXT_BACKEND": "jit"},
         "set TORCH_EXTENSIONS_DIR to a folder that you can write",
     ),
-    "a bad backend": (
-        lambda project: None, {"LSTM_EXT_BACKEND": "fast"},
-        "ValueError: LSTM_EXT_BACKEND is 'fast': set it to one of auto, aot, jit, torch, reference",
-    ),
     "a backend that is not there": (
         lambda project: None, {"LSTM_EXT_BACKEND": "aot"},
         "ImportError: LSTM_EXT_BACKEND=aot, but there is no lstm_ext.native._C: build it with",

@@ -87,7 +87,6 @@ def test_lines(tmp_path: Path) -> None:
         ("flags", 28, "I", 1 + 2 + 8 + 4),  # and with peepholes
         ("dtype", 32, "I", 2),
         ("weight_kind", 36, "I", 3),
-        ("bf16_parts", 40, "I", 0),
         ("bf16_parts", 40, "I", 4),
         ("num_layers", 44, "I", 0),
         ("num_layers", 44, "I", 1 << 17),

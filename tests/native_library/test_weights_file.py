@@ -180,7 +180,7 @@ def test_precision_of_a_tile_engine(tmp_path: Path) -> None:
     rnn = torch.backends.mkldnn.rnn
     before = rnn.fp32_precision
     try:
-        for precision, bf16_parts in (("bf16", 1), ("tf32", 2), ("ieee", 3)):
+        for precision, bf16_parts in (("bf16", 1), ("tf32", 2), ("none", 3), ("ieee", 0)):
             rnn.fp32_precision = precision
             assert header_of(content_of(frozen_of(), tmp_path))["bf16_parts"] == bf16_parts
     finally:

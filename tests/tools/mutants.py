@@ -60,6 +60,7 @@ PROBES = (
 JOBS = 2
 
 SWITCH = """#pragma once
+#pragma GCC diagnostic ignored "-Wtautological-compare"
 // Written by mutants.py. LSTM_EXT_MUTANTS names a file, which says what mutant is on and is told what is reached.
 #include <fcntl.h>
 #include <stdlib.h>

@@ -101,7 +101,7 @@ TABLE: dict[Tests, list[tuple[str, ...]]] = {
         ("cpu/gate_product.h", ": T(0)) + (weights.bias_hh", ": T(0)) - (weights.bias_hh"),
         ("cpu/gates.h", "load_lanes<T>(at + i * hidden_size, lanes)",
          "load_lanes<T>(at + (3 - i) * hidden_size, lanes)"),
-        ("cpu/kernel_set.h", "kKernels{Simd<T>::kLanes, ", "kKernels{Simd<T>::kLanes / 2, "),
+        ("cpu/kernel_set.h", "Simd<T>::kLanes,   kTileRows,", "Simd<T>::kLanes / 2, kTileRows,"),
         ("cpu/kernels.h", "  int64_t lanes;        // T values in a SIMD register\n"
          "  int64_t tile_rows;    // batch rows of a register tile\n", "  int64_t tile_rows;\n  int64_t lanes;\n"),
         ("cpu/layer_norm.h", "sum_of_lanes<T>(factor[r]) / number;",
@@ -165,8 +165,7 @@ TABLE: dict[Tests, list[tuple[str, ...]]] = {
         ("cpu/simd_neon.h", "return vfmaq_f32(c, a, b);", "return vfmaq_f32(a, c, b);"),
     ],
     TEAMS: [
-        ("cpu/wait_limit.cpp", "if (wait.seconds < limit().seconds) return;",
-         "if (wait.seconds > limit().seconds) return;"),
+        ("cpu/wait_limit.cpp", "if (wait.seconds < most) return;", "if (wait.seconds > most) return;"),
     ],
     EMULATED: [
         ("cuda/cell.cuh", "result.before += past;", "result.before -= past;"),

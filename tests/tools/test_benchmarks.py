@@ -141,6 +141,22 @@ def test_a_pair(tmp_path):
     assert "geometric mean (target)" in stdout and "with `step()`" in stdout
 
 
+def test_usual_malloc(tmp_path):
+    """Each case in a process whose malloc nobody has told anything."""
+    path = tmp_path / "malloc.json"
+    names = ("stream-H16", "small", "rollout-B1-H64", "cell-B1-H64")
+    of_some = ("--shapes", *names, "--threads", 1, "--budget", 0.01, "--output", path)
+    run("bench.py", "--usual-malloc", *of_some, MALLOC_ARENA_MAX="1")
+    record = json.loads(path.read_text())
+    assert record["settings"]["usual_malloc"] and not record["facts"]["freed_memory_kept"]
+    assert record["facts"]["set_by_environment"] == {"MALLOC_ARENA_MAX": "1"}
+    cases = {(r["group"], r["case"], r["training"]) for r in record["results"]}
+    assert {group for group, *_ in cases} == {"training", "step", "ragged", "resets"}
+    assert ("step", "cell-B1-H64", True) not in cases and len(cases) == len(record["results"])
+    done = started("bench.py", "--usual-malloc", "--only", "memory")
+    assert done.returncode == 2 and "--usual-malloc: expected groups among training" in done.stderr
+
+
 @pytest.mark.parametrize("state", [False, True])
 def test_peers_compute_the_layer(modules, state):
     harness, peers, Shape = modules.harness, modules.peers, modules.shapes.Shape

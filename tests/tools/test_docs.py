@@ -45,6 +45,11 @@ def test_links(page: Path) -> None:
 
 
 @pytest.mark.pages
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 700
+
+
+@pytest.mark.pages
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_named_files(page: Path) -> None:
     """In code spans, outside of the changelog's past."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import signal
 
 import check_comments
 import mutants
@@ -48,7 +47,7 @@ def test_teams_without_torch() -> None:
     assert code == 0, said
     assert said.count("same;") == 2
     code, said = sanitize.run_driver(program, "wait")
-    assert code == -signal.SIGABRT
+    assert code == 5
     assert "at barrier 2 of its call, which 5 of 6 workers have reached" in said
 
 

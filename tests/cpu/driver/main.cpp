@@ -6,6 +6,8 @@
 //   driver [NAME ...]   the cases of these names, or all, on 2 to 8 threads: the results must be those of one worker,
 //                       to the bit. sanitize.py compiles this for registers in plain C++.
 //   driver wait         a worker that does not come to a barrier
+#include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <thread>
@@ -100,7 +102,7 @@ struct alignas(64) Line {
 // As csrc/torch/cpu_layer.cpp runs them, each worker on a thread of its own.
 template <typename Params, typename Plan, typename Machine>
 void run(const std::vector<Params>& params, Plan (*make_plan)(const Params&, const Machine&),
-         void (*kernel)(const Params&, const Plan&, char*, int), const Machine& machine, Grids& grids) {
+         const char* (*kernel)(const Params&, const Plan&, char*, int), const Machine& machine, Grids& grids) {
   for (size_t first = 0; first < params.size();) {
     std::vector<Plan> plans{make_plan(params[first], machine)};
     if (plans[0].directions_at_once && first + 1 < params.size())
@@ -115,7 +117,12 @@ void run(const std::vector<Params>& params, Plan (*make_plan)(const Params&, con
       std::memset(workspace, 0xFF, static_cast<size_t>(plan.workspace_bytes));
       std::memset(workspace, 0, static_cast<size_t>(plan.barrier_bytes));
       for (int worker = 0; worker < plan.grid.workers(); ++worker) {
-        workers.emplace_back(kernel, std::cref(params[first + i]), std::cref(plan), workspace, worker);
+        workers.emplace_back([&, workspace, i, worker] {
+          if (const char* const problem = kernel(params[first + i], plans[i], workspace, worker)) {
+            std::puts(problem);
+            std::abort();
+          }
+        });
       }
       grids.teams = std::max(grids.teams, plan.grid.batch_groups);
       grids.members = std::max(grids.members, plan.grid.hidden_groups);
@@ -356,19 +363,24 @@ bool check_barriers() {
   return right;
 }
 
-// One of six workers does not come: the others wait for it until the limit ends the process.
-void wait_for_one() {
+// One of six workers does not come: the others wait for it until the limit, and say so. Returns how many have said it.
+int wait_for_one() {
   constexpr int kWorkers = 6;
   cpu::LSTM_EXT_ISA::Barrier barrier{};
-  cpu::change_wait_limit(0.2, 1);
+  cpu::change_wait_limit(0.2);
+  std::atomic<int> late{0};
   std::vector<std::thread> threads;
   for (int worker = 0; worker < kWorkers; ++worker) {
     threads.emplace_back([&, worker] {
       barrier.wait(kWorkers);
-      if (worker != 2) barrier.wait(kWorkers);
+      if (worker == 2) return;
+      if (const char* const problem = cpu::error_of([&] { barrier.wait(kWorkers); })) {
+        if (++late == 1) std::puts(problem);
+      }
     });
   }
   for (std::thread& thread : threads) thread.join();
+  return late;
 }
 int kernels_part() { return 2; }
 int set_part(const char*) { return 2; }
@@ -376,7 +388,7 @@ int set_part(const char*) { return 2; }
 #else
 
 bool check_barriers() { return true; }
-void wait_for_one() {}
+int wait_for_one() { return 0; }
 
 // ---- against a plain loop
 
@@ -575,7 +587,7 @@ int main(int count, char** arguments) {
   if (part == "cell") return check_cell() != 0;
   if (part == "kernels") return kernels_part();
   if (part == "set" && count == 3) return set_part(arguments[2]);
-  if (part == "wait") wait_for_one();
+  if (part == "wait") return wait_for_one();
   const bool well = check_teams(arguments + 1, count - 1);
   return check_barriers() && well ? 0 : 1;
 }
