@@ -153,7 +153,7 @@ class GRU(RecurrentLayer):
         return self._step(x_t, hx)
 
     def _by_torch(self, input: Any, hx: Any) -> Any:
-        return _torch_forward(self, input, hx)  # type: ignore[arg-type]
+        return _torch_forward(self, input, hx)  # type: ignore[call-overload]
 
     def _stands_in_for(self) -> type[nn.Module]:
         return _TORCH
