@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.flop_counter  # with it, the formulas of the operators are registered, which tests replace
 from torch import Tensor
 
 import lstm_ext
