@@ -87,14 +87,14 @@ std::vector<Tensor> differentiable_backward(const LayerCall& call, const lstm_ex
 }
 
 std::vector<Tensor> freeze_weights(const std::vector<Tensor>& weights, bool has_bias, bool bidirectional,
-                                   const std::string& kind) {
+                                   const std::string& kind, bool gru) {
   using lstm_ext::WeightKind;
   const bool known = kind == "own" || kind == "bfloat16" || kind == "int8";
   TORCH_CHECK_VALUE(known, "freeze_weights: kind: expected 'own', 'bfloat16' or 'int8', got '", kind, "'");
   const WeightKind chosen = kind == "own"    ? WeightKind::kOwn
                             : kind == "int8" ? WeightKind::kInt8
                                              : WeightKind::kBFloat16;
-  return without_gil([&] { return lstm_ext::freeze_weights(weights, has_bias, bidirectional, chosen); });
+  return without_gil([&] { return lstm_ext::freeze_weights(weights, has_bias, bidirectional, chosen, gru); });
 }
 
 std::vector<std::string> cpu_capabilities() {
@@ -312,7 +312,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   lstm_ext::python::bind_module_calls(m);
   lstm_ext::set_differentiable_backward(&differentiable_backward);
   m.def("freeze_weights", &freeze_weights, py::arg("weights"), py::arg("has_bias"), py::arg("bidirectional"),
-        py::arg("kind"));
+        py::arg("kind"), py::arg("gru") = false);
   m.def("cpu_capability", [] { return cpu::capability().name; });
   m.def("cpu_capabilities", &cpu_capabilities);
   m.def("set_cpu_capability", &cpu::set_capability, py::arg("name"));

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "python_layer.h"
+#include "torch/checks.h"
 #include "torch/layer_call.h"
 
 namespace lstm_ext::python {
@@ -112,9 +113,13 @@ class Items {
   size_t size_;
 };
 
-// Reads a tuple or list of two tensors: read(i, tensor) returns whether a tensor fits.
+// Reads a tuple or list of two tensors, or the only state of a GRU: read(i, tensor) returns whether a tensor fits.
 template <typename Read>
-inline bool read_states(PyObject* hx, const Read& read) {
+inline bool read_states(PyObject* hx, bool gru, const Read& read) {
+  if (gru) {
+    const Tensor* const state = plain_tensor(hx);
+    return state && read(0, *state);
+  }
   if (!(PyTuple_CheckExact(hx) || PyList_CheckExact(hx))) return false;
   const Items states(hx);
   if (states.size() != 2) return false;
@@ -129,6 +134,8 @@ struct ModuleCall {
   ModuleLayout layout{0};
   Tensor input, h0, c0;           // the user's tensors; the states are those of all layers
   std::vector<LayerCall> layers;  // without input and states
+
+  bool is_gru() const { return layers[0].options.gru; }
 };
 
 // Reads the arguments of lstm_module. Returns false if the call does not fit this path, or if an argument is wrong.
@@ -182,14 +189,14 @@ inline bool read_module_call(PyObject* const* args, ModuleCall& call) {
   const bool unbatched = call.layout.unbatched;
   const int64_t batch = unbatched ? 1 : input->size(call.layout.batch_first ? 0 : rank - 2);
   const int64_t features[] = {proj_size > 0 ? proj_size : hidden_size, hidden_size};
-  return read_states(hx, [&](int i, const Tensor& state) {
+  return read_states(hx, call.is_gru(), [&](int i, const Tensor& state) {
     (i == 0 ? call.h0 : call.c0) = state;
     return state.scalar_type() == dtype && state.dim() == (unbatched ? 2 : 3) && state.size(0) == sets &&
            state.size(-1) == features[i] && (unbatched || state.size(1) == batch);
   });
 }
 
-// Returns output, h_n and c_n, in the user's layout.
+// Returns output, h_n and c_n, in the user's layout; c_n is no result of a GRU.
 inline std::tuple<Tensor, Tensor, Tensor> run_module_call(ModuleCall& call) {
   bool tracked = needs_gradient(call.input) || needs_gradient(call.h0) || needs_gradient(call.c0);
   for (const LayerCall& layer : call.layers) tracked = tracked || any_needs_gradient(layer.weights);
@@ -233,7 +240,9 @@ inline PyObject* lstm_module(PyObject* /*self*/, PyObject* const* args, Py_ssize
   if (!read_module_call(args, call)) Py_RETURN_NONE;
   const std::tuple<Tensor, Tensor, Tensor> results = without_gil([&] { return run_module_call(call); });
   const py::object output = wrapped(std::get<0>(results));
-  const py::object h_n = wrapped(std::get<1>(results)), c_n = wrapped(std::get<2>(results));
+  const py::object h_n = wrapped(std::get<1>(results));
+  if (call.is_gru()) return py::make_tuple(output, h_n).release().ptr();
+  const py::object c_n = wrapped(std::get<2>(results));
   return py::make_tuple(output, py::make_tuple(h_n, c_n)).release().ptr();
   END_HANDLE_TH_ERRORS
 }
@@ -242,6 +251,7 @@ inline PyObject* lstm_module(PyObject* /*self*/, PyObject* const* args, Py_ssize
 inline bool read_cell_call(PyObject* const* args, LayerCall& call) {
   if (!is_plain_call()) return false;
   PyObject *const hx = args[1], *const weights = args[2];
+  call.options.gru = args[3] == Py_True;
   const Tensor* const input = plain_tensor(args[0]);
   if (!input || (input->dim() != 1 && input->dim() != 2) || !has_kernel(input->scalar_type())) return false;
   call.input = *input;
@@ -257,8 +267,10 @@ inline bool read_cell_call(PyObject* const* args, LayerCall& call) {
   }
   if (call.weights[1].dim() != 2) return false;
   const int64_t hidden_size = call.weights[1].size(1);
-  if (hidden_size == 0 || call.weights[0].sizes() != at::IntArrayRef{4 * hidden_size, input->size(-1)}) return false;
-  return hx == Py_None || read_states(hx, [&](int i, const Tensor& state) {
+  if (hidden_size == 0 ||
+      call.weights[0].sizes() != at::IntArrayRef{gates_of(call.options) * hidden_size, input->size(-1)})
+    return false;
+  return hx == Py_None || read_states(hx, call.options.gru, [&](int i, const Tensor& state) {
            const bool fits = state.scalar_type() == input->scalar_type() && state.dim() == input->dim() &&
                              state.size(0) == (input->dim() == 2 ? input->size(0) : hidden_size) &&
                              state.size(-1) == hidden_size;
@@ -267,10 +279,10 @@ inline bool read_cell_call(PyObject* const* args, LayerCall& call) {
          });
 }
 
-// (input, hx, weights)
+// (input, hx, weights, gru): h and c, or h of a GRU
 inline PyObject* lstm_cell_module(PyObject* /*self*/, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK(count == 3, "lstm_cell_module: expected 3 arguments, got ", count);
+  TORCH_CHECK(count == 4, "lstm_cell_module: expected 4 arguments, got ", count);
   LayerCall call;
   if (!read_cell_call(args, call)) Py_RETURN_NONE;
   const std::pair<Tensor, Tensor> states = without_gil([&] {
@@ -285,6 +297,7 @@ inline PyObject* lstm_cell_module(PyObject* /*self*/, PyObject* const* args, Py_
     return unbatched ? std::make_pair(results.h_n.squeeze(0), results.c_n.squeeze(0))
                      : std::make_pair(results.h_n, results.c_n);
   });
+  if (call.options.gru) return wrapped(states.first).release().ptr();
   return py::make_tuple(wrapped(states.first), wrapped(states.second)).release().ptr();
   END_HANDLE_TH_ERRORS
 }

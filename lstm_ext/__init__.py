@@ -30,6 +30,7 @@ from .nn.from_frameworks import (
 from .nn.from_gates import from_gates
 from .nn.from_onnx import from_onnx
 from .nn.frozen import FrozenLSTM, FrozenTorchLSTM, freeze, unfreeze
+from .nn.gru import GRU, GRUCell
 from .nn.keras import patch_keras
 from .nn.lstm import LSTM
 from .nn.registered import register
@@ -38,9 +39,11 @@ from .nn.torch_lstm import TorchLSTM, TorchLSTMCell, patch
 loader.load_built()
 
 __all__ = [
+    "GRU",
     "LSTM",
     "FrozenLSTM",
     "FrozenTorchLSTM",
+    "GRUCell",
     "LSTMCell",
     "LSTMExtras",
     "TorchLSTM",

@@ -138,6 +138,10 @@ def _translated_layer(
             "lstm_ext.onnx: a PackedSequence cannot be exported to ONNX: give the layer padded sequences"
         )
     given = LayerOptions(**{name: value for name, value in options.items() if value is not None})
+    if given.gru:
+        raise UnsupportedLayerError(
+            "lstm_ext.onnx: a GRU of this package cannot be exported to ONNX: export torch's, with its state dict"
+        )
     for name, option in OPTIONS.items():
         if option.field and not option.onnx and getattr(given, name):
             raise UnsupportedLayerError(f"lstm_ext.onnx: {name} cannot be exported to ONNX")

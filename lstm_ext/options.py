@@ -110,6 +110,7 @@ class Option(NamedTuple):
         check: gives the value in the form that the layer keeps; arguments are the name and the value.
         text: for docstrings.
         field: whether `LayerOptions` has its value, under the same name.
+        gru: whether a GRU has it too.
         random: whether it draws random masks in training, which ``step()`` refuses.
         cell: whether it makes the cell another one than the plain cell, for which each backend has fewer kernels.
         call: whether it changes a call. One that does not changes the initial parameters only.
@@ -124,6 +125,7 @@ class Option(NamedTuple):
     check: Callable[[str, Any], Any]
     text: str
     field: bool = False
+    gru: bool = False
     random: bool = False
     cell: bool = False
     call: bool = True
@@ -138,6 +140,7 @@ OPTIONS: dict[str, Option] = {
         _probability,
         "probability of zeroing an element of h_{t-1} before its product with ``weight_hh``, in training mode. A "
         "sequence has one mask for all its steps; the other elements are scaled by 1 / (1 - p).",
+        gru=True,
         random=True,
         saved=True,
         onnx="scan",
@@ -147,6 +150,7 @@ OPTIONS: dict[str, Option] = {
         _probability,
         "probability of zeroing an element of ``weight_hh``, in training mode: one mask for a call, each layer and "
         "direction its own; the other elements are scaled by 1 / (1 - p).",
+        gru=True,
         random=True,
         saved=True,
         onnx="node",
@@ -252,6 +256,7 @@ OPTIONS: dict[str, Option] = {
         _flag,
         "whether to save c_t but no gates for the backward pass, which recomputes the gates.",
         field=True,
+        gru=True,
         saved=True,
         onnx="node",
     ),
@@ -261,16 +266,21 @@ OPTIONS: dict[str, Option] = {
 # ---- the same for type checkers
 
 
-class _Arguments(TypedDict, total=False):
+class GRUArguments(TypedDict, total=False):
+    """The keywords of `lstm_ext.GRU`, and those of `functional.gru` that are options of a layer."""
+
     recurrent_dropout: float
     weight_dropout: float
+    recompute: bool
+
+
+class _Arguments(GRUArguments, total=False):
     zoneout: float | tuple[float, float]
     cell_clip: float | None
     coupled_gates: bool
     gate_activation: Activation
     cell_activation: Activation
     preactivation_clip: float | None
-    recompute: bool
 
 
 class LayerArguments(_Arguments, total=False):
@@ -316,13 +326,14 @@ def signature_of(function: Any, keywords: type, before: str = "") -> inspect.Sig
     return signature.replace(parameters=own[:place] + added + own[place:])
 
 
-def described(docstring: str | None) -> str | None:
+def described(docstring: str | None, gru: bool = False) -> str | None:
     """A docstring whose line ``{options}`` becomes the descriptions of the rows."""
     if docstring is None:  # python -OO
         return None
     rows = [
         textwrap.fill(f"{name}: {option.text}", 116, subsequent_indent="    ", break_on_hyphens=False)
         for name, option in OPTIONS.items()
+        if option.gru or not gru
     ]
     return docstring.replace("{options}", textwrap.indent("\n".join(rows), 8 * " ").lstrip())
 
@@ -350,7 +361,9 @@ def _refuse_combinations(given: Mapping[str, Any], bias: bool) -> None:
             raise ValueError("forget_bias needs a layer with biases, got bias=False")
 
 
-def checked(values: Mapping[str, Any], given: Mapping[str, Any], bias: bool) -> dict[str, Any]:
+def checked(
+    values: Mapping[str, Any], given: Mapping[str, Any], bias: bool, gru: bool = False
+) -> dict[str, Any]:
     """``given`` changed by ``values``: what differs from the defaults, in the order of the rows.
 
     Raises:
@@ -362,6 +375,10 @@ def checked(values: Mapping[str, Any], given: Mapping[str, Any], bias: bool) -> 
         for name, option in OPTIONS.items()
         if all_.get(name, option.default) != option.default
     }
+    for name in all_ if gru else ():
+        if not OPTIONS[name].gru:
+            has = ", ".join([name for name, option in OPTIONS.items() if option.gru])
+            raise ValueError(f"{name}: not an option of a GRU, which has {has}")
     _refuse_combinations(all_, bias)
     return all_
 
@@ -388,6 +405,7 @@ class HasOptions:
     """A layer whose options are attributes; a wrong value raises as it does in the constructor."""
 
     bias: bool
+    gru: bool = False  # the cells are those of a GRU
     # Attributes of the class, so that a layer without options has the same instance attributes as torch's.
     _given: Mapping[str, Any] = MappingProxyType({})  # what differs from the defaults
     _requested: dict[str, Any] | None = None  # `requested` of that
@@ -406,13 +424,13 @@ class HasOptions:
                     f"{cls.__name__}.{name}: expected a value of the option, got {type(value).__name__}"
                 )
         if own:
-            cls._given = checked(own, cls._given, True)
+            cls._given = checked(own, cls._given, True, cls.gru)
             cls._requested = requested(cls._given)
             for name in own:  # it would hide the property
                 delattr(cls, name)
 
     def _set_options(self, values: Mapping[str, Any]) -> None:
-        given = checked(values, self._given, self.bias)
+        given = checked(values, self._given, self.bias, self.gru)
         for name in given.keys() - self._given.keys():
             self._refuse_late(name)
         for name, value in (("_given", given), ("_requested", requested(given))):

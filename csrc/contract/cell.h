@@ -42,7 +42,7 @@ constexpr int kGates = 4;
 
 // The cell of the equations above.
 struct Plain {
-  static constexpr bool kOptions = false;
+  static constexpr bool kOptions = false, kMayBeGru = false;
 };
 // Every other cell has kOptions = true, and says at run time what it does beyond them:
 //
@@ -53,11 +53,12 @@ struct Plain {
 //   clips_preactivations()  clamps what the nonlinearities of the gates take to [-bound, bound], with bound =
 //                 preactivation_clip(). One that is at the bound passes no gradient on.
 //   other_activations()     has activation(gate) and output_activation() in place of sigmoid and tanh
+//   gru()         it is a GRU, see GruRow; only asked if kMayBeGru
 //
 // This one has the Options of contract/params.h; load(parameter) gives the numbers of its units.
-template <typename T, typename Load>
+template <typename T, typename Load, bool kGruToo = false>
 struct CellAt {
-  static constexpr bool kOptions = true;
+  static constexpr bool kOptions = true, kMayBeGru = kGruToo;
   const Options<T>& options;
   Load load;
   LSTM_EXT_CONTRACT_INLINE bool peepholes() const { return options.peepholes(); }
@@ -75,7 +76,16 @@ struct CellAt {
     return gate == kG ? options.candidate_activation : options.gate_activation;
   }
   LSTM_EXT_CONTRACT_INLINE const Activation<T>& output_activation() const { return options.output_activation; }
+  LSTM_EXT_CONTRACT_INLINE bool gru() const { return options.gru; }
 };
+
+// The GRU of torch in the place of the four gates: r, u (torch's z), and the two parts of n, of h_{t-1} and of x_t.
+//
+//   r, u = sigmoid(z)   n = tanh(z_input + r z_recurrent)   c_t = (1 - u) n + u c_{t-1}   h_t = c_t
+//
+// U has no rows of the input part, and W none of the recurrent part. So the three of U are in torch's order in one
+// piece, and those of W in two. The recurrent part has no nonlinearity: its gate value is its sum.
+enum GruRow { kGruReset, kGruUpdate, kGruRecurrent, kGruInput };
 
 // A c_{t-1} that is in a register already.
 template <typename Math>
@@ -197,12 +207,28 @@ struct Forward {
   typename Math::Value c, h;
 };
 
+template <typename Math, typename Z, typename Before>
+LSTM_EXT_CONTRACT_INLINE Forward<Math> gru_forward(const Z& z, const Before& before) {
+  const auto r = Math::sigmoid(z[kGruReset]), u = Math::sigmoid(z[kGruUpdate]);
+  const auto n = Math::tanh(Math::fma(r, z[kGruRecurrent], z[kGruInput]));
+  Forward<Math> now;
+  now.gates[kGruReset] = r;
+  now.gates[kGruUpdate] = u;
+  now.gates[kGruRecurrent] = z[kGruRecurrent];
+  now.gates[kGruInput] = n;
+  now.h = now.c = Math::fma(u, (before.there() ? before.load() : Math::number(0)) - n, n);
+  return now;
+}
+
 // store(c_t) runs as soon as c_t is known. With options, z becomes what the nonlinearities see: with peepholes their
 // part is added, then it is clipped, and a coupled z_f is -z_i.
 template <typename Math, typename Z, typename Before, typename Cell = Plain, typename Store = NoStore>
 LSTM_EXT_CONTRACT_INLINE Forward<Math> forward(Z&& z, const Before& before, const Cell& cell = {},
                                                const Store& store = {}) {
   constexpr bool kOutputGateFirst = Math::kOutputGateFirst && !Cell::kOptions;
+  if constexpr (Cell::kMayBeGru) {
+    if (cell.gru()) return gru_forward<Math>(z, before);
+  }
   Forward<Math> now;
   if constexpr (Cell::kOptions) {
     if (cell.peepholes() && before.there()) {
@@ -264,11 +290,39 @@ LSTM_EXT_CONTRACT_INLINE typename Math::Value hidden_backward(typename Math::Val
   return dh * tanh_c;
 }
 
+// The same for any cell, from c_t. A GRU has no output gate.
+template <typename Math, typename Cell>
+LSTM_EXT_CONTRACT_INLINE typename Math::Value output_backward(typename Math::Value o, typename Math::Value c,
+                                                              typename Math::Value dh, typename Math::Value& dc,
+                                                              const Cell& cell) {
+  if constexpr (Cell::kMayBeGru) {
+    if (cell.gru()) {
+      dc = dc + dh;
+      return Math::number(0);
+    }
+  }
+  return hidden_backward<Math>(o, squash<Math>(c, cell), dh, dc);
+}
+
 template <typename Math>
 struct Backward {
   typename Math::Gates dz;
   typename Math::Value dc_before;  // without zoneout's part of c_{t-1}
 };
+
+template <typename Math>
+LSTM_EXT_CONTRACT_INLINE Backward<Math> gru_backward(const typename Math::Gates& gates, typename Math::Value c_before,
+                                                     typename Math::Value dc) {
+  const auto one = Math::number(1), r = gates[kGruReset], u = gates[kGruUpdate], n = gates[kGruInput];
+  const auto dz_n = dc * (one - u) * (one - n * n);
+  Backward<Math> result;
+  result.dz[kGruReset] = dz_n * gates[kGruRecurrent] * sigmoid_slope<Math>(r);
+  result.dz[kGruUpdate] = dc * (c_before - n) * sigmoid_slope<Math>(u);
+  result.dz[kGruRecurrent] = dz_n * r;
+  result.dz[kGruInput] = dz_n;
+  result.dc_before = dc * u;
+  return result;
+}
 
 // Backward through c_t, from dL/dc_t (without the peepholes' part) and dL/do. `given` is the gradient of the gate
 // values if they are results of the layer.
@@ -278,6 +332,9 @@ LSTM_EXT_CONTRACT_INLINE Backward<Math> state_backward(const typename Math::Gate
                                                        typename Math::Value d_o, const Given& given,
                                                        const Cell& cell = {}) {
   using Value = typename Math::Value;
+  if constexpr (Cell::kMayBeGru) {
+    if (cell.gru()) return gru_backward<Math>(gates, c_before, dc);
+  }
   Backward<Math> result;
   if constexpr (Cell::kOptions) {
     if (given.there()) d_o = d_o + given.load(kO);

@@ -70,7 +70,9 @@ class Backward {
       pack(pass_.projection_weight(), pass_.hidden_columns, pass_.team, teams);
     }
     if (params.grad_input.data) {
-      pack(pass_.input_weight(), Range{0, shape.input_size}, pass_.worker, plan.grid.workers());
+      for (int n = 0; n < pass_.input_pieces; ++n) {
+        pack(pass_.input_weight(pass_.input_piece(n)), Range{0, shape.input_size}, pass_.worker, plan.grid.workers());
+      }
     }
     if (teams > 1) pass_.meet_all();
   }

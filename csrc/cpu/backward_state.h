@@ -118,7 +118,7 @@ struct CellRows {
         return cell::Plain{};
       }
     }();
-    const Reg<T> grad_o = cell::hidden_backward<Math>(gates[kO], cell::squash<Math>(c, cell), grad_h, grad);
+    const Reg<T> grad_o = cell::output_backward<Math>(gates[kO], c, grad_h, grad, cell);
     if (!kOptions) add_result_gradient(grad, row, unit, lanes);
     const auto grads = through_state<Math>(row, unit, lanes, gates, c_previous, c, grad, grad_o, cell);
     if (kOptions && sums) {
@@ -234,17 +234,32 @@ struct BackwardState : Pass<T, BackwardParams<T>, BackwardPlan> {
     }
     return {matrix, Base::panels(packed), columns, depth, outer_products};
   }
+  // The rows of W and of U.
+  const int64_t weight_rows = (Base::gru() ? 3 : 4) * shape.hidden_size;
   RightHandSide<T> recurrent_weight() const {
-    RightHandSide<T> weight =
-        right_hand_side(Base::weight_hh(), shape.output_size, 4 * shape.hidden_size, plan.recurrent);
+    RightHandSide<T> weight = right_hand_side(Base::weight_hh(), shape.output_size, weight_rows, plan.recurrent);
     weight.backwards = step.odd;
     return weight;
   }
   RightHandSide<T> projection_weight() const {
     return right_hand_side({params.weights.weight_hr}, shape.hidden_size, shape.output_size, plan.projection);
   }
-  RightHandSide<T> input_weight() const {
-    return right_hand_side(Base::weight_ih(), shape.input_size, 4 * shape.hidden_size, plan.input);
+  // The rows of W whose gradients lie side by side, in rows of the gradients of all gates. Those of a GRU are two
+  // pieces.
+  struct Piece {
+    int64_t first, count, gradient;
+  };
+  Piece input_piece(int number) const {
+    const int64_t H = shape.hidden_size;
+    if (!Base::gru()) return {0, 4 * H, 0};
+    return number == 0 ? Piece{0, 2 * H, 0} : Piece{2 * H, H, cell::kGruInput * H};
+  }
+  const int input_pieces = Base::gru() ? 2 : 1;
+  RightHandSide<T> input_weight(const Piece& piece) const {
+    const int64_t I = shape.input_size;
+    RightHandSide<T> weight = right_hand_side(Base::weight_ih().from(piece.first * I), I, piece.count, plan.input);
+    if (weight.panels) weight.panels += piece.first * divide_up(I, kLanes) * kLanes;
+    return weight;
   }
 
   // The team's own buffer for partial sums, wide enough for both products of a step (P <= H).

@@ -55,7 +55,7 @@ struct LoadUnits {
   LSTM_EXT_INLINE Reg<T> operator()(const T* parameter) const { return load_lanes<T>(parameter + unit, lanes); }
 };
 template <typename T>
-using CellAt = cell::CellAt<T, LoadUnits<T>>;
+using CellAt = cell::CellAt<T, LoadUnits<T>, true>;
 
 // The library's functions by name: its inline ones may be merged with those of another instruction set.
 LSTM_EXT_INLINE float exact_expm1(float x) { return __builtin_expm1f(x); }

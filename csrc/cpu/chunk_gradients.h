@@ -21,17 +21,20 @@ class ChunkGradients {
 
   // The chunk's dL/dx = dL/d(W x) W; workers share the rows.
   void input() {
+    if (!pass_.params.grad_input.data) return;
+    for (int n = 0; n < pass_.input_pieces; ++n) input(pass_.input_piece(n));
+  }
+  void input(const typename BackwardState<T>::Piece& piece) {
     const BackwardParams<T>& params = pass_.params;
-    if (!params.grad_input.data) return;
     const RowGrid<T> out = rows_from(params.grad_input, pass_.steps, pass_.chunk.begin);
     const Range mine = workers_share(pass_.chunk.rows);
     // The rows that use a panel while it is in cache.
     const int64_t most = pass_.plan.input.bf16_parts > 0 ? kEngineInputRows : 16 * kTileRows;
-    const RightHandSide<T> weight = pass_.input_weight();
-    const bool adds = params.accumulate_grad_input;
+    const RightHandSide<T> weight = pass_.input_weight(piece);
+    const bool adds = params.accumulate_grad_input || piece.first > 0;
     for (int64_t begin = mine.begin; begin < mine.end; begin += most) {
       const int64_t rows = smaller(most, mine.end - begin);
-      const T* const grads = pass_.chunk.grad_input_part + begin * stride_;
+      const T* const grads = pass_.chunk.grad_input_part + begin * stride_ + piece.gradient;
       multiply_columns(
           RowGrid<const T>{grads, rows * stride_, stride_, rows}, rows, weight, Range{0, pass_.shape.input_size},
           [&](int64_t row) LSTM_EXT_LAMBDA_INLINE { return out(begin + row); },
@@ -48,11 +51,12 @@ class ChunkGradients {
     const BackwardParams<T>& params = pass_.params;
     const Chunk<T>& chunk = pass_.chunk;
     const int64_t H = pass_.shape.hidden_size, P = pass_.shape.output_size, I = pass_.shape.input_size;
-    const Range mine = workers_share(4 * H);
+    const Range mine = workers_share(pass_.weight_rows);
     const bool fresh = chunk.first == 0;
     const RowGrid<const T> input = rows_from(params.input, pass_.steps, chunk.begin);
     const bool both = params.grad_weight_ih && params.grad_weight_hh;
-    if (both && pass_.plan.outer_bf16_parts > 0 && chunk.grad_input_part == chunk.grad_preactivations) {
+    const bool same = chunk.grad_input_part == chunk.grad_preactivations && pass_.input_pieces == 1;
+    if (both && pass_.plan.outer_bf16_parts > 0 && same) {
       if constexpr (kHasTileEngine<T>) {  // splits the shared factor once
         const OuterSums sums[] = {{input, I, place(params.grad_weight_ih)},
                                   {previous_h(), P, place(params.grad_weight_hh)}};
@@ -61,14 +65,22 @@ class ChunkGradients {
       }
     } else {
       if (params.grad_weight_ih) {
-        add_products(chunk.grad_input_part, stride_, chunk.rows, mine, input, I, place(params.grad_weight_ih), fresh);
+        for (int n = 0; n < pass_.input_pieces; ++n) {
+          const auto piece = pass_.input_piece(n);
+          const Range rows{mine.begin > piece.first ? mine.begin : piece.first,
+                           smaller(mine.end, piece.first + piece.count)};
+          if (rows.begin >= rows.end) continue;
+          add_products(chunk.grad_input_part + piece.gradient - piece.first, stride_, chunk.rows, rows, input, I,
+                       place(params.grad_weight_ih), fresh);
+        }
       }
       if (params.grad_weight_hh) recurrent_weight(mine, fresh);
     }
     // With layer normalisation, finish() of the unfused step computes this gradient.
     if (params.grad_bias && !params.options.normalised()) {
-      if (fresh) zero_rows(params.grad_bias, 1, mine);
-      add_columns<T>(chunk.grad_preactivations, stride_, chunk.rows, mine, params.grad_bias);
+      const Range gates = workers_share(4 * H);
+      if (fresh) zero_rows(params.grad_bias, 1, gates);
+      add_columns<T>(chunk.grad_preactivations, stride_, chunk.rows, gates, params.grad_bias);
     }
     if (params.grad_weight_hr) {
       const Range projected = workers_share(P);

@@ -25,10 +25,13 @@ struct ForwardState : Pass<T, ForwardParams<T>, ForwardPlan> {
   GateProduct<T> input_product{shape.hidden_size, Base::blocks, Base::tile_scratch(), forwards};
   GateProduct<T> product{shape.hidden_size, Base::blocks, Base::tile_scratch(), forwards};
   const FrozenWeights<T>* const frozen = params.frozen;
-  const GateWeight<T> input_weight =
-      frozen ? frozen_weight(frozen->input, plan.input.bf16_parts) : own_weight(Base::weight_ih(), plan.input);
-  const GateWeight<T> recurrent_weight = frozen ? frozen_weight(frozen->recurrent, plan.recurrent.bf16_parts)
-                                                : own_weight(Base::weight_hh(), plan.recurrent);
+  const GateWeight<T> input_weight = Base::without(
+      frozen ? frozen_weight(frozen->input, plan.input.bf16_parts) : own_weight(Base::weight_ih(), plan.input),
+      cell::kGruRecurrent);
+  const GateWeight<T> recurrent_weight =
+      Base::without(frozen ? frozen_weight(frozen->recurrent, plan.recurrent.bf16_parts)
+                           : own_weight(Base::weight_hh(), plan.recurrent),
+                    cell::kGruInput);
   const T* const projection_panels = frozen ? frozen->projection_panels : part(plan.projection_panels);
   const T* const bias = frozen ? frozen->bias : part(plan.bias);
   T* const chunk_preactivations = part(plan.preactivations, Base::team);

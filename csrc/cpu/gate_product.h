@@ -88,7 +88,7 @@ class GateProduct {
       const NarrowPanels<T>& narrow = weight.narrow;
       if (narrow.kind == WeightKind::kInt8) {
         if (multiplies_int8()) {
-          multiply_int8_of(rows, a_row, count, narrow, pre, bias);
+          multiply_int8_of(rows, a_row, count, weight, pre, bias);
           return false;
         }
         if constexpr (kMayWidenInt8) {
@@ -115,8 +115,10 @@ class GateProduct {
       // These sums are bitwise the same as the ones below.
       const T* const a = count > 0 ? a_row(0) : nullptr;
       const T* const start = bias ? bias : pre(0);
-      const auto sum_blocks = [&](const int64_t (&blocks)[2], Tile<T, 2, kGates>& sums)
-                                  LSTM_EXT_LAMBDA_INLINE { sum_panels(a, count, weight, panels, start, blocks, sums); };
+      const auto sum_blocks = [&](const int64_t (&blocks)[2], Tile<T, 2, kGates>& sums) LSTM_EXT_LAMBDA_INLINE {
+        sum_panels(a, count, weight, panels, start, blocks, sums);
+        if constexpr (kMaySkip<Finish>) keep_skipped(sums, start, weight.skipped, blocks);
+      };
       paired = multiply_pairs(sweep, pre(0), sum_blocks, finish);
     }
     for (int64_t i = paired; i < sweep.count; ++i) {
@@ -155,6 +157,7 @@ class GateProduct {
           for (int r = 0; r < R; ++r) {
             const T* const start = from_bias ? bias + block * kLanes : out[r];
             add_to_start<W>(tile.acc[r], start, weight.narrow, block, part.lanes);
+            if constexpr (kMaySkip<Finish>) keep_skipped(tile.acc[r], start, weight.skipped, part.lanes);
           }
           if (!part.last || !finish(row, block * kLanes, part.lanes, tile)) store_tile(tile, out, part.lanes);
         };
@@ -172,6 +175,7 @@ class GateProduct {
                                                Pre pre, const T* bias, OtherProduct<T> other, Finish finish) {
     const int64_t H = hidden_size_;
     const Bf16Operand& bf16 = weight.bf16;
+    [[maybe_unused]] const int skipped = weight.skipped;
     const int64_t k_tiles = divide_up(count, kEngineTileDepth), other_tiles = divide_up(other.count, kEngineTileDepth);
     const int64_t most =
         smaller(scratch_.rows_for((k_tiles + other_tiles) * kEngineTileDepth, bf16.parts), kMostEngineRows);
@@ -195,6 +199,7 @@ class GateProduct {
           for (int gate = 0; gate < kGates; ++gate) {
             Reg<T>& sum = tile.acc[r][gate];
             sum = load_lanes<T>(before + gate * H, lanes);
+            if (kMaySkip<Finish> && gate == skipped) continue;
             if (sums) sum = Simd<T>::load(sums + r * kEngineTileRows + gate * kSumsSize) + sum;
           }
           if (R <= 2) finish.prefetch(first + row + 2 + r, unit);
@@ -274,9 +279,9 @@ class GateProduct {
 
   // The same from bytes, without calling `finish`.
   template <typename A, typename Pre>
-  void multiply_int8_of(int64_t rows, const A& a_row, int64_t count, const NarrowPanels<T>& weight, const Pre& pre,
+  void multiply_int8_of(int64_t rows, const A& a_row, int64_t count, const GateWeight<T>& weight, const Pre& pre,
                         const T* bias) {
-    const auto* const panels = static_cast<const uint8_t*>(weight.data);
+    const auto* const panels = static_cast<const uint8_t*>(weight.narrow.data);
     Int8Row pieces[kPiecesAtOnce];
     for (int64_t row = 0; row < rows; ++row) {
       const T* const a = a_row(row);
@@ -302,7 +307,8 @@ class GateProduct {
           }
           T* const to = out + block * kLanes;
           const T* const start = bias && first == 0 ? bias + block * kLanes : to;
-          add_to_start<int8_t>(tile.acc[0], start, weight, block, lanes);
+          add_to_start<int8_t>(tile.acc[0], start, weight.narrow, block, lanes);
+          keep_skipped(tile.acc[0], start, weight.skipped, lanes);
           store_tile(tile, {to}, lanes);
         }
       }
@@ -323,7 +329,7 @@ class GateProduct {
 #pragma GCC unroll 2
         for (int n = 0; n < 2; ++n) {
           const T* const start = (bias ? bias : out) + blocks[n] * kLanes;
-          dot_gates<1>(weight, count, blocks[n], a, &sums.acc[n]);
+          dot_gates<1, kMaySkip<Finish>>(weight, count, blocks[n], a, &sums.acc[n]);
           for (int gate = 0; gate < kGates; ++gate) {
             sums.acc[n][gate] = sums.acc[n][gate] + load_lanes<T>(start + gate * H, lanes_in(blocks[n]));
           }
@@ -343,7 +349,7 @@ class GateProduct {
           out[r] = pre(row + r) + unit;
         }
         Tile<T, R, kGates> tile;
-        dot_gates<R>(weight, count, block, a, tile.acc);
+        dot_gates<R, kMaySkip<Finish>>(weight, count, block, a, tile.acc);
         for (int r = 0; r < R; ++r) {
           const T* const start = bias ? bias + unit : out[r];
           for (int gate = 0; gate < kGates; ++gate) {
@@ -366,6 +372,8 @@ class GateProduct {
 
  private:
   static constexpr int kLanes = Simd<T>::kLanes;
+  template <typename Finish>
+  static constexpr bool kMaySkip = std::is_same_v<std::decay_t<Finish>, KeepSums>;
   // Up to this depth the cells take so much of the time that their code matters more than the loads of weights.
   static constexpr int64_t kLowTileDepth = 192;
 
@@ -492,12 +500,13 @@ class GateProduct {
 #endif
 
   // sums[r][gate] = the dot products of the gate's rows for the block's units with a[r].
-  template <int R>
+  template <int R, bool kMaySkip>
   LSTM_EXT_INLINE void dot_gates(const GateWeight<T>& weight, int64_t count, int64_t block, const T* const (&a)[R],
                                  Reg<T> (*sums)[kGates]) const {
     const int64_t H = hidden_size_;
     const int lanes = lanes_in(block);
-    const int registers = kRowGroups<T> == kGates ? gate_registers<T>(lanes) : kGates;
+    const bool skips = kMaySkip && weight.skipped >= 0;
+    const int registers = kRowGroups<T> == kGates && !skips ? gate_registers<T>(lanes) : kGates;
     const int shared = kGates / registers;  // gates in a register
     LaneRows rows{lanes, 0, kLanes / 2, kLanes / kGates};
     if (shared > 1) {  // half of the register belongs to other gates
@@ -508,8 +517,12 @@ class GateProduct {
     Reg<T> parts[kGates][R];
 #pragma GCC unroll 1
     for (int i = 0; i < registers; ++i) {
-      const int64_t first = i * shared * H + block * kLanes;
-      rows.readable = kGates * H - first;
+      if (skips && i == weight.skipped) {
+        for (int r = 0; r < R; ++r) parts[i][r] = Simd<T>::zero();
+        continue;
+      }
+      const int64_t first = (skips ? weight.first_row(i, H) : i * shared * H) + block * kLanes;
+      rows.readable = (skips ? kGates - 1 : kGates) * H - first;
       weight.template dot<R>(first, count, rows, a, parts[i]);
     }
     for (int r = 0; r < R; ++r) {
@@ -575,6 +588,18 @@ class GateProduct {
     for (int gate = 0; gate < kGates; ++gate) {
       sums[gate] = plus<W>(load_lanes<T>(start + gate * hidden_size_, lanes), sums[gate], weight, gate, block, lanes);
     }
+  }
+
+  // The sums of a gate without rows stay those of the start: zeros times an infinite number would be NaN.
+  LSTM_EXT_INLINE void keep_skipped(Reg<T> (&sums)[kGates], const T* start, int skipped, int lanes) const {
+#pragma GCC unroll kGates
+    for (int gate = 0; gate < kGates; ++gate) {
+      if (gate == skipped) sums[gate] = load_lanes<T>(start + gate * hidden_size_, lanes);
+    }
+  }
+  LSTM_EXT_INLINE void keep_skipped(Tile<T, 2, kGates>& sums, const T* start, int skipped,
+                                    const int64_t (&blocks)[2]) const {
+    for (int n = 0; n < 2; ++n) keep_skipped(sums.acc[n], start + blocks[n] * kLanes, skipped, lanes_in(blocks[n]));
   }
 
   template <int R>

@@ -26,7 +26,13 @@ struct GateWeight {
   // If not negative: the place of the only block whose panels or bf16 parts exist at a time. It serves a weight that a
   // call reads once: a product packs each block when it gets there, and reads it from cache.
   int64_t one_place = -1;
+  // If not negative: the gate that has no rows in this weight, see cell::GruRow. Only products that store their sums
+  // take such a weight.
+  int skipped = -1;
 
+  int64_t first_row(int gate, int64_t hidden_size) const {
+    return (skipped >= 0 && gate > skipped ? gate - 1 : gate) * hidden_size;
+  }
   bool packs_as_used() const { return one_place >= 0; }
   LSTM_EXT_INLINE int64_t place(int64_t block) const { return packs_as_used() ? one_place : block; }
   bool packed() const { return panels || bf16.parts > 0; }
@@ -78,16 +84,18 @@ LSTM_EXT_INLINE void accumulate_compact(Tile<T, R, kGates>& tile, const T* const
 }
 
 // Packs a gate-interleaved panel of kLanes hidden units of a (4H, count) weight: for each k the four gates of the units
-// side by side, [k][gate][lane]. If the units fill fewer registers, a gate has fewer lanes.
+// side by side, [k][gate][lane]. If the units fill fewer registers, a gate has fewer lanes. A gate without rows gets
+// zeros, here and below.
 template <typename T, typename W>
-void pack_gate_panel(const W* weight, int64_t hidden_size, int64_t count, int64_t block, T* out) {
+void pack_gate_panel(const GateWeight<T>& of, const W* weight, int64_t hidden_size, int64_t count, int64_t block,
+                     T* out) {
   constexpr int n = Simd<T>::kLanes;
   const int64_t unit = block * n;
   const int units = static_cast<int>(smaller(hidden_size - unit, n));
   const int width = gate_registers<T>(units) * n / kGates;
   for (int gate = 0; gate < kGates; ++gate) {
-    pack_transposed<T>(weight + (gate * hidden_size + unit) * count, units, count, out + gate * width, kGates * width,
-                       width);
+    pack_transposed<T>(weight + (of.first_row(gate, hidden_size) + unit) * count, gate == of.skipped ? 0 : units, count,
+                       out + gate * width, kGates * width, width);
   }
 }
 
@@ -132,18 +140,21 @@ void pack_narrow_panel(const T* weight, const NarrowPanels<T>& narrow, int64_t h
 
 #if defined(LSTM_EXT_TILE_ENGINE)
 // Packs the bf16 parts of the same units. Returns whether all numbers could be split.
-template <typename W>
-bool pack_gate_bf16(const W* weight, int64_t hidden_size, int64_t count, int64_t block, int bf16_parts, uint16_t* out) {
+template <typename T, typename W>
+bool pack_gate_bf16(const GateWeight<T>& of, const W* weight, int64_t hidden_size, int64_t count, int64_t block,
+                    uint16_t* out) {
+  const int bf16_parts = of.bf16.parts;
   const int64_t unit = block * kEngineTileRows;
   const int units = static_cast<int>(smaller(hidden_size - unit, kEngineTileRows));
   const int64_t k_step = kGroupTiles * bf16_parts * kOperandSize;
   bool all_split = true;
   for (int gate = 0; gate < kGates; ++gate) {
-    const W* const rows = weight + (gate * hidden_size + unit) * count;
+    const W* const rows = weight + (of.first_row(gate, hidden_size) + unit) * count;
+    const int there = gate == of.skipped ? 0 : units;
     uint16_t* const to = out + gate / kGroupTiles * divide_up(count, kEngineTileDepth) * k_step +
                          gate % kGroupTiles * bf16_parts * kOperandSize;
     with_bf16_parts(bf16_parts,
-                    [&](auto p) { all_split &= split_column_tile<p()>(rows, count, units, count, to, k_step); });
+                    [&](auto p) { all_split &= split_column_tile<p()>(rows, count, there, count, to, k_step); });
   }
   return all_split;
 }
@@ -155,14 +166,14 @@ void pack_gates(const GateWeight<T>& weight, int64_t hidden_size, int64_t count,
   const int64_t place = weight.place(block);
   if (weight.panels) {
     T* const panel = weight.panels + place * kGates * Simd<T>::kLanes * count;
-    weight.rows.with([&](const auto* rows) { pack_gate_panel(rows, hidden_size, count, block, panel); });
+    weight.rows.with([&](const auto* rows) { pack_gate_panel(weight, rows, hidden_size, count, block, panel); });
   }
   if constexpr (kHasTileEngine<T>) {
     const Bf16Operand& bf16 = weight.bf16;
     if (bf16.parts == 0) return;
     const int64_t size = kGates * divide_up(count, kEngineTileDepth) * bf16.parts * kOperandSize;
     weight.rows.with([&](const auto* rows) {
-      bf16.all_split[place] = pack_gate_bf16(rows, hidden_size, count, block, bf16.parts, bf16.data + place * size);
+      bf16.all_split[place] = pack_gate_bf16(weight, rows, hidden_size, count, block, bf16.data + place * size);
     });
   }
 }

@@ -114,6 +114,13 @@ struct Pass {
     return {rows, panels(weight)};
   }
 
+  bool gru() const { return params.options.cell.gru; }
+  // The weight, without the gate that has no rows in it if this is a GRU.
+  GateWeight<T> without(GateWeight<T> weight, cell::GruRow gate) const {
+    if (gru()) weight.skipped = gate;
+    return weight;
+  }
+
   // Rows of the team in step s of this pass.
   int64_t rows_in(int64_t s) const { return rows.count(steps.rows_in(s)); }
   void meet_team() const { team_members.wait(plan.grid.hidden_groups); }

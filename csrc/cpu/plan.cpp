@@ -146,7 +146,7 @@ BackwardPlan plan_backward(const BackwardParams<T>& params, const Machine& machi
   if (plan.pack) {
     const int64_t input_rows = std::min(plan.chunk_rows, kEngineInputRows);
     if (shape.projected) plan.projection.bf16_parts = column_bf16_parts(machine, params.bf16_parts, shape.batch, P, H);
-    if (params.grad_input.data)
+    if (params.grad_input.data && !options.cell.gru)  // the two pieces of its W have no place for bf16 parts
       plan.input.bf16_parts = column_bf16_parts(machine, params.bf16_parts, input_rows, gates, I);
     if (recomputes) {
       plan.recompute_input.bf16_parts = gate_bf16_parts(machine, params.bf16_parts, samples, I, H);

@@ -82,8 +82,10 @@ class Recompute {
   BackwardState<T>& pass_;
   const BackwardPlan& plan_ = pass_.plan;
   GateProduct<T> product_{pass_.shape.hidden_size, pass_.blocks, pass_.tile_scratch()};
-  const GateWeight<T> input_weight_ = pass_.gate_weight(pass_.weight_ih(), plan_.recompute_input);
-  const GateWeight<T> recurrent_weight_ = pass_.gate_weight(pass_.weight_hh(), plan_.recompute_recurrent);
+  const GateWeight<T> input_weight_ =
+      pass_.without(pass_.gate_weight(pass_.weight_ih(), plan_.recompute_input), cell::kGruRecurrent);
+  const GateWeight<T> recurrent_weight_ =
+      pass_.without(pass_.gate_weight(pass_.weight_hh(), plan_.recompute_recurrent), cell::kGruInput);
   T* const bias_ = pass_.mine(plan_.recompute_bias);
   // Pointers to the team's rows of a chunk.
   const T** const input_rows_ = pass_.template mine<const T*>(plan_.recompute_inputs);

@@ -113,6 +113,12 @@ struct WeightRows {
   const void* narrow = nullptr;  // in place of `own`
   WeightKind kind = WeightKind::kOwn;
 
+  // The same from a later number on.
+  WeightRows from(int64_t numbers) const {
+    if (own) return {own + numbers, nullptr, kind};
+    return {nullptr, static_cast<const char*>(narrow) + numbers * static_cast<int64_t>(sizeof(uint16_t)), kind};
+  }
+
   // Calls f(a pointer to the numbers).
   template <typename F>
   LSTM_EXT_INLINE void with(F&& f) const {

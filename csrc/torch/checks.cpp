@@ -80,6 +80,18 @@ void check_options(const LayerCall& call, const LayerSizes& sizes) {
     TORCH_CHECK(!options.recompute || input.is_cpu(),
                 "lstm_ext: the CUDA kernels do not compute gates with peepholes again");
   }
+  if (options.gru) {
+    TORCH_CHECK(input.is_cpu(), "lstm_ext: gru is computed on the CPU only, and the input is on ", input.device());
+    TORCH_CHECK(!sizes.projected, "lstm_ext: gru: got a projection, which a GRU does not have");
+    TORCH_CHECK(!call.c0.defined() && !options.reset_c.defined(), "lstm_ext: gru: got ",
+                call.c0.defined() ? "c0" : "reset_c", ", and h is the only state of a GRU");
+    LayerOptions others = options;
+    others.gru = false;
+    TORCH_CHECK(!has_options<kCell>(others) && options.norm.empty() && options.zoneout_h == 0 &&
+                    options.zoneout_c == 0 && !options.keep_h.defined() && !options.keep_c.defined() &&
+                    !options.return_cell_states && !options.return_gates,
+                "lstm_ext: gru goes with resets, reset_h, lengths, recurrent_mask, frozen and recompute only");
+  }
   if (options.norm.empty()) return;
   constexpr const char* kNames[] = {"gain_ih", "gain_hh", "gain_c", "bias_c"};
   check_parameters("layer normalisation", options.norm, norms_per_direction(call.has_bias), kNames, 2);
@@ -226,9 +238,11 @@ LayerSizes check_layer(const LayerCall& call) {
   const WeightCount weight_count = count_weights(count, call.has_bias, call.bidirectional);
   sizes.weights_per_direction = weight_count.per_direction;
   sizes.projected = weight_count.projected;
-  TORCH_CHECK(weights[0].dim() == 2 && weights[0].size(0) > 0 && weights[0].size(0) % 4 == 0,
-              "lstm_ext: weight_ih has shape ", weights[0].sizes(), ", expected (4 * hidden_size, input_size)");
-  sizes.hidden_size = weights[0].size(0) / 4;
+  const int64_t of_unit = gates_of(call.options);
+  TORCH_CHECK(weights[0].dim() == 2 && weights[0].size(0) > 0 && weights[0].size(0) % of_unit == 0,
+              "lstm_ext: weight_ih has shape ", weights[0].sizes(), ", expected (", of_unit,
+              " * hidden_size, input_size)");
+  sizes.hidden_size = weights[0].size(0) / of_unit;
   if (sizes.projected) {
     const at::Tensor& weight_hr = weights[sizes.weights_per_direction - 1];
     TORCH_CHECK(weight_hr.dim() == 2 && weight_hr.size(0) > 0, "lstm_ext: weight_hr has shape ", weight_hr.sizes(),
@@ -243,7 +257,7 @@ LayerSizes check_layer(const LayerCall& call) {
     const int64_t place = i % sizes.weights_per_direction;
     const int64_t kind = sizes.projected && place == sizes.weights_per_direction - 1 ? 4 : place;
     const char* const name = kWeightNames[i / sizes.weights_per_direction][kind];
-    const int64_t gates = 4 * sizes.hidden_size;
+    const int64_t gates = of_unit * sizes.hidden_size;
     switch (kind) {
       case 0: check_tensor(name, weights[i], input, dtype, {gates, sizes.input_size}); break;
       case 1: check_tensor(name, weights[i], input, dtype, {gates, sizes.output_size}); break;

@@ -1,6 +1,7 @@
 // Argument checks of a layer. Each error names the argument, the expected value and the given one.
 #pragma once
 
+#include "contract/cell.h"
 #include "contract/layer.h"
 #include "torch/layer_call.h"
 
@@ -17,6 +18,8 @@ struct WeightCount {
   bool projected;
 };
 WeightCount count_weights(int64_t count, bool has_bias, bool bidirectional);
+// The gates that the rows of weights belong to.
+inline int64_t gates_of(const LayerOptions& options) { return options.gru ? 3 : cell::kGates; }
 inline int64_t norms_per_direction(bool has_bias) { return has_bias ? 4 : 3; }
 
 // The parameters of one direction, or their gradients; undefined if the layer does not have them.

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <optional>
 
 #include "cpu/kernels.h"
 #include "torch/cpu_lengths.h"
@@ -65,6 +66,27 @@ StepOptions<T> step_options(const LayerCall& call, const LayerSizes& sizes, int6
   return options;
 }
 
+// A bias (3H) of a GRU with zeros for the gate that it does not have, see cell::GruRow.
+at::Tensor with_gap(const at::Tensor& bias, cell::GruRow gap) {
+  const int64_t bytes = bias.numel() / 3 * static_cast<int64_t>(bias.element_size());
+  const at::Tensor all = scratch_empty({bias.numel() / 3 * cell::kGates}, bias.options());
+  char* const to = static_cast<char*>(all.mutable_data_ptr());
+  const char* const from = static_cast<const char*>(bias.const_data_ptr());
+  std::memcpy(to, from, static_cast<size_t>(gap * bytes));
+  std::memset(to + gap * bytes, 0, static_cast<size_t>(bytes));
+  std::memcpy(to + (gap + 1) * bytes, from + gap * bytes, static_cast<size_t>((3 - gap) * bytes));
+  return all;
+}
+// Turns the call of a GRU into that of a cell whose c is h.
+void describe_gru(LayerCall& call, const LayerSizes& sizes) {
+  call.c0 = call.h0;
+  call.options.reset_c = call.options.reset_h;
+  for (size_t i = 2; call.has_bias && i < call.weights.size(); i += sizes.weights_per_direction) {
+    call.weights[i] = with_gap(call.weights[i], cell::kGruRecurrent);
+    call.weights[i + 1] = with_gap(call.weights[i + 1], cell::kGruInput);
+  }
+}
+
 // The call in the kernels' types. It has either frozen weights that the kernels can read, or weights, of which W and U
 // may have 16 bits.
 LayerCall kernel_call(LayerCall call, const LayerSizes& sizes) {
@@ -79,7 +101,9 @@ LayerCall kernel_call(LayerCall call, const LayerSizes& sizes) {
     const bool keeps = t.scalar_type() == at::kBool || (is_weight && frozen.empty());
     return keeps ? t.scalar_type() : sizes.sum_type;
   };
-  return readable(std::move(call), sizes, type_of, &converted);
+  LayerCall read = readable(std::move(call), sizes, type_of, &converted);
+  if (read.options.gru) describe_gru(read, sizes);
+  return read;
 }
 
 template <typename T>
@@ -175,7 +199,7 @@ void run_directions(const OfDirections<Params>& params, const cpu::Kernels<T>& k
 }
 
 LayerResults cpu_forward(const LayerCall& call, const LayerSizes& sizes, bool save) {
-  if (!call.options.frozen.empty()) check_frozen(call.options.frozen, sizes, call.input);
+  if (!call.options.frozen.empty()) check_frozen(call.options.frozen, sizes, call.input, call.options.gru);
   if (call.options.lengths.defined()) return forward_with_lengths(call, sizes, save);
   const at::Tensor& input = call.input;
   const at::ScalarType type = sizes.sum_type;
@@ -234,6 +258,34 @@ void set_gradients(BackwardParams<T>& p, const LayerGradients& grads, const Laye
   for (int n = 0; n < cell::kParameters; ++n) p.grad_cell[n] = row_pointer<T>(own.cell[n]);
 }
 
+// The gradients of a GRU as those of the cell that stands for it.
+struct GruGradients {
+  at::Tensor reset_c, bias;  // (D, B, H), (D, 4H)
+
+  GruGradients(const LayerGradients& grads, const LayerSizes& sizes, const at::TensorOptions& options) {
+    if (grads.options.reset_h.defined()) reset_c = empty_on_cpu(grads.options.reset_h.sizes(), options);
+    bias = empty_on_cpu({sizes.directions, cell::kGates * sizes.hidden_size}, options);
+  }
+  template <typename T>
+  void point(BackwardParams<T>& p, int64_t d) const {
+    p.grad_reset_c = row_pointer<T>(reset_c, d);
+    if (p.grad_bias) p.grad_bias = row_pointer<T>(bias, d);
+  }
+  void add_to(const LayerGradients& grads, const LayerSizes& sizes, const at::Tensor& c0) const {
+    if (grads.h0.defined()) grads.h0.add_(c0);
+    if (reset_c.defined()) grads.options.reset_h.add_(reset_c);
+    const int64_t H = sizes.hidden_size;
+    for (int64_t d = 0; grads.has_bias && d < sizes.directions; ++d) {
+      const DirectionParameters own = sizes.parameters(grads, d);
+      const at::Tensor all = bias.select(0, d);
+      if (own.bias_hh.defined()) own.bias_hh.copy_(all.narrow(0, 0, 3 * H));
+      if (!own.bias_ih.defined()) continue;
+      own.bias_ih.narrow(0, 0, 2 * H).copy_(all.narrow(0, 0, 2 * H));
+      own.bias_ih.narrow(0, 2 * H, H).copy_(all.narrow(0, 3 * H, H));
+    }
+  }
+};
+
 LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, const BackwardArguments& arguments) {
   if (call.options.lengths.defined()) return backward_with_lengths(call, sizes, arguments);
   const at::ScalarType dtype = call.input.scalar_type(), type = sizes.sum_type;
@@ -259,6 +311,8 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
   }
 
   const LayerCall read = kernel_call(call, sizes);
+  std::optional<GruGradients> of_gru;
+  if (call.options.gru) of_gru.emplace(grads, sizes, options);
   const at::Tensor y = with_contiguous_rows(converted(arguments.output, type));
   const ResultGradients& given = arguments.grads;
   const at::Tensor dy = with_contiguous_rows(converted(given.output, type));
@@ -282,12 +336,14 @@ LayerGradients cpu_backward(const LayerCall& call, const LayerSizes& sizes, cons
       p.grad_c_n = row_pointer<const scalar_t>(dc, d);
       p.grad_c = row_pointer<scalar_t>(grad_c, d);
       set_gradients(p, grads, sizes, d);
+      if (of_gru) of_gru->point(p, d);
       if (narrow) p.kind_of_weight_grads = kind_of(dtype);
     }
     // The gradients of a cell's parameters are sums over the workers.
     run_directions(params, kernels, kernels.plan_backward, kernels.backward, options,
                    !call.options.norm.empty() || !call.options.peephole.empty());
   });
+  if (of_gru) of_gru->add_to(grads, sizes, grad_c);
   return grads;
 }
 

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <string>
 
+#include "contract/cell.h"
 #include "cpu/frozen.h"
 #include "cpu/kernels.h"
 #include "torch/backend.h"
@@ -15,6 +16,7 @@ namespace lstm_ext {
 namespace {
 
 constexpr char kMark[8] = {'l', 's', 't', 'm', 'i', 'c', 'e', '3'};
+constexpr char kMarkOfGru[8] = {'g', 'r', 'u', '_', 'i', 'c', 'e', '3'};
 
 struct Header {
   char mark[8];
@@ -96,9 +98,10 @@ Rounded rounded_to_int8(const at::Tensor& weight, at::ScalarType type) {
 at::Tensor widened(const Rounded& rounded) { return rounded.numbers.to(at::kFloat).mul_(rounded.factors.unsqueeze(1)); }
 
 template <typename T>
-at::Tensor freeze_direction(const at::Tensor* weights, const WeightCount& count, bool has_bias, WeightKind kind) {
+at::Tensor freeze_direction(const at::Tensor* weights, const WeightCount& count, bool has_bias, WeightKind kind,
+                            bool gru) {
   const at::ScalarType type = c10::CppTypeToScalarType<T>::value;
-  const int64_t H = weights[0].size(0) / 4;
+  const int64_t H = weights[0].size(0) / (gru ? 3 : 4);
   const LayerShape shape{1, 1, weights[0].size(1), H, weights[1].size(1), count.projected, false, nullptr, nullptr};
   const cpu::Kernels<T>& kernels = cpu::kernels<T>();
   if (weights[0].scalar_type() == at::kBFloat16 && kind == WeightKind::kOwn) kind = WeightKind::kBFloat16;
@@ -109,7 +112,7 @@ at::Tensor freeze_direction(const at::Tensor* weights, const WeightCount& count,
   char* const data = static_cast<char*>(frozen.mutable_data_ptr());
   advise_huge_pages(data, frozen.nbytes());
   Header& header = *new (data) Header{};
-  std::memcpy(header.mark, kMark, sizeof(kMark));
+  std::memcpy(header.mark, gru ? kMarkOfGru : kMark, sizeof(kMark));
   const std::string made_for = std::string(cpu::capability().name) + (for_vnni(kept) ? kVnni : "");
   TORCH_INTERNAL_ASSERT(made_for.size() < sizeof(header.instruction_set));
   std::strncpy(header.instruction_set, made_for.c_str(), sizeof(header.instruction_set) - 1);
@@ -135,6 +138,15 @@ at::Tensor freeze_direction(const at::Tensor* weights, const WeightCount& count,
       used[i] = used[i].to(at::kBFloat16).to(type);
     }
   }
+  // The panels of a GRU have zeros for the gate that a weight does not have; see cell::GruRow.
+  for (int64_t i = 0; gru && i < count.per_direction; ++i) {
+    const int64_t gap = (i % 2 == 0 ? cell::kGruRecurrent : cell::kGruInput) * H;
+    const auto spread = [&](const at::Tensor& t) {
+      return at::cat({t.narrow(0, 0, gap), at::zeros_like(t.narrow(0, 0, H)), t.narrow(0, gap, 3 * H - gap)});
+    };
+    used[i] = spread(used[i]);
+    if (i < 2 && kind == WeightKind::kInt8) rounded[i].factors = spread(rounded[i].factors);
+  }
   const auto data_of = [&](int64_t i) { return used[i].const_data_ptr<T>(); };
   const LayerWeights<T> all{data_of(0), data_of(1), has_bias ? data_of(2) : nullptr, has_bias ? data_of(3) : nullptr,
                             count.projected ? data_of(count.per_direction - 1) : nullptr};
@@ -148,7 +160,7 @@ at::Tensor freeze_direction(const at::Tensor* weights, const WeightCount& count,
 }  // namespace
 
 std::vector<at::Tensor> freeze_weights(const std::vector<at::Tensor>& weights, bool has_bias, bool bidirectional,
-                                       WeightKind kind) {
+                                       WeightKind kind, bool gru) {
   const WeightCount count = count_weights(static_cast<int64_t>(weights.size()), has_bias, bidirectional);
   const at::ScalarType dtype = weights[0].scalar_type();
   TORCH_CHECK(kind == WeightKind::kOwn || dtype != at::kDouble,
@@ -160,13 +172,13 @@ std::vector<at::Tensor> freeze_weights(const std::vector<at::Tensor>& weights, b
       TORCH_CHECK(own[i].is_cpu() && own[i].scalar_type() == dtype,
                   "lstm_ext: weights to freeze must be of one dtype, on the CPU");
     }
-    frozen.push_back(dtype == at::kDouble ? freeze_direction<double>(own, count, has_bias, kind)
-                                          : freeze_direction<float>(own, count, has_bias, kind));
+    frozen.push_back(dtype == at::kDouble ? freeze_direction<double>(own, count, has_bias, kind, gru)
+                                          : freeze_direction<float>(own, count, has_bias, kind, gru));
   }
   return frozen;
 }
 
-void check_frozen(const std::vector<at::Tensor>& frozen, const LayerSizes& sizes, const at::Tensor& input) {
+void check_frozen(const std::vector<at::Tensor>& frozen, const LayerSizes& sizes, const at::Tensor& input, bool gru) {
   TORCH_CHECK(static_cast<int64_t>(frozen.size()) == sizes.directions, "lstm_ext: got ", frozen.size(),
               " tensors of frozen weights, expected one for each direction, ", sizes.directions);
   for (size_t direction = 0; direction < frozen.size(); ++direction) {
@@ -174,10 +186,10 @@ void check_frozen(const std::vector<at::Tensor>& frozen, const LayerSizes& sizes
     const bool bytes = tensor.is_cpu() && tensor.scalar_type() == at::kByte && tensor.dim() == 1 &&
                        tensor.is_contiguous() && tensor.numel() > static_cast<int64_t>(sizeof(Header)) &&
                        reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % alignof(Header) == 0;
-    TORCH_CHECK(bytes && std::memcmp(tensor.const_data_ptr(), kMark, sizeof(kMark)) == 0 &&
+    TORCH_CHECK(bytes && std::memcmp(tensor.const_data_ptr(), gru ? kMarkOfGru : kMark, sizeof(kMark)) == 0 &&
                     header_of(tensor).bytes == tensor.numel(),
-                "lstm_ext: frozen weights are not what freeze_weights gives: ", tensor.toString(), " of shape ",
-                tensor.sizes());
+                "lstm_ext: frozen weights are not what freeze_weights gives", gru ? " for a GRU: " : ": ",
+                tensor.toString(), " of shape ", tensor.sizes());
     const Header& header = header_of(tensor);
     TORCH_CHECK(header.input_size == sizes.input_size && header.hidden_size == sizes.hidden_size &&
                     header.output_size == sizes.output_size && (header.projected != 0) == sizes.projected,

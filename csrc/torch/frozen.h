@@ -16,10 +16,10 @@ namespace lstm_ext {
 // numbers; kBFloat16 rounds weight_ih and weight_hh to bfloat16, and kInt8 to 255 multiples of a factor for each row,
 // its largest number / 127.
 LSTM_EXT_PUBLIC std::vector<at::Tensor> freeze_weights(const std::vector<at::Tensor>& weights, bool has_bias,
-                                                       bool bidirectional, WeightKind kind);
+                                                       bool bidirectional, WeightKind kind, bool gru);
 
 // Checks that freeze_weights could have made the tensors for a layer of these sizes.
-void check_frozen(const std::vector<at::Tensor>& frozen, const LayerSizes& sizes, const at::Tensor& input);
+void check_frozen(const std::vector<at::Tensor>& frozen, const LayerSizes& sizes, const at::Tensor& input, bool gru);
 
 // Whether they were packed for the instruction set in use. If not, `thawed` unpacks their weights.
 bool is_ready(const std::vector<at::Tensor>& frozen);

@@ -221,8 +221,8 @@ std::vector<at::Tensor> lstm_layer_backward(const LayerCall& call, ResultGradien
               inputs, " (input, h0, c0, each weight, reset_h, reset_c and each parameter of norm and of the cell)");
   TORCH_CHECK(given, "lstm_ext: needs_grad asks for the gradient of a state that was not given");
   LayerGradients computed = backend.backward(call, sizes, {grads, output, saved, needs_grad});
-  // Both biases are added to the same sum, so they have the same gradient.
-  for (int64_t d = 0; call.has_bias && d < sizes.directions; ++d) {
+  // Both biases are added to the same sum, so they have the same gradient; those of a GRU are not.
+  for (int64_t d = 0; call.has_bias && !call.options.gru && d < sizes.directions; ++d) {
     at::Tensor* const biases = computed.weights.data() + d * sizes.weights_per_direction + 2;
     if (biases[0].defined() && biases[1].defined()) biases[1].copy_(biases[0]);
   }

@@ -27,6 +27,7 @@ class Stack(Protocol):
     dropout: float
     training: bool
     bidirectional: bool
+    gru: bool  # the cells are those of a GRU, which has no c
     # The frozen weights of each layer, as options that hold nothing else; or empty. With them, nothing is random.
     _frozen: Sequence[LayerOptions]
 
@@ -100,6 +101,17 @@ class Requested:
             and self.zoneout == (0.0, 0.0)
             and not self.parameters
             and self.resets is None
+        )
+
+    @property
+    def only_gru(self) -> bool:
+        """Whether the layers compute nothing but those of ``torch.nn.GRU``, on rows that count."""
+        return (
+            self.layer.keys() <= {"gru", "recompute"}
+            and not (self.recurrent_dropout or self.weight_dropout)
+            and self.resets is None
+            and self.lengths is None
+            and (self.rows is None or self.rows.batch_sizes is not None)
         )
 
     def pack(self, rows: PaddedRows) -> None:
@@ -178,6 +190,8 @@ def request(
     layer = {name: given[name] for name, option in OPTIONS.items() if option.field and name in given}
     if "recompute" in layer and (stack._frozen or not torch.is_grad_enabled()):
         del layer["recompute"]
+    if stack.gru:
+        layer["gru"] = True
     if activations := activation_text(
         given.get("gate_activation", "sigmoid"), given.get("cell_activation", "tanh")
     ):

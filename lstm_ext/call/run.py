@@ -17,6 +17,7 @@ from ..layer import route
 from ..layer.layer_call import LayerFunction
 from ..layer.shapes import weight_counts
 from ..layer.tracing import any_autocast, is_zero
+from ..native import loader
 from ..options import OPTIONS, CellParameters, checked, requested, unexpected_argument
 from . import cuda_choice
 from .arguments import CallOptions, Requested, Stack, any_requested, request
@@ -94,6 +95,17 @@ def _layers(
         results = lstm_by_torch(stack, weights, x, h0, c0, batch_sizes, autocast, preferred)
         if results is not None:
             return (*results, None if options is None else LSTMExtras(None, None))
+    if (
+        layer is route.lstm_layer
+        and options is not None
+        and stack.gru
+        and options.only_gru
+        and not stack._frozen
+        and not route.has_gru(x.device)
+        and not loader.wants_equations()
+    ):
+        output, h_n = route.torch_gru(x, h0, weights, batch_sizes, stack)
+        return output, h_n, h_n, LSTMExtras(None, None)
     return run_stack(stack, layer, weights, x, h0, c0, batch_sizes, options, autocast)
 
 

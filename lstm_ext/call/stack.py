@@ -41,8 +41,11 @@ def run_stack(
     if autocast is not None:
         # Padded data that was packed internally counts as dense, because the user gave it so.
         dense = batch_sizes is None or (options is not None and options.rows is not None)
-        projected = weights[0][1].size(0) != 4 * weights[0][1].size(1)
-        dtypes = result_dtypes(autocast, input, c0, fused=dense, projected=projected)
+        if stack.gru:
+            dtypes = result_dtypes(autocast, input, h0, fused=False, projected=False)
+        else:
+            projected = weights[0][1].size(0) != 4 * weights[0][1].size(1)
+            dtypes = result_dtypes(autocast, input, c0, fused=dense, projected=projected)
         options = None if options is None else options_in_autocast(options, autocast)
         input, h0, c0, weights = to_dtype(autocast, input, h0, c0, weights)
     bias, bidirectional, frozen = stack.bias, stack.bidirectional, stack._frozen

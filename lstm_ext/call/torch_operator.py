@@ -39,6 +39,7 @@ class PlainStack(NamedTuple):
     training: bool
     bidirectional: bool
     _frozen = ()
+    gru = False
 
     def compute(self, batch_sizes: Tensor | None, tensors: Sequence[Tensor]) -> _Tensors:
         """By torch's operator: output, h_n and c_n."""

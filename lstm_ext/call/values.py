@@ -157,8 +157,14 @@ def _packed_resets(resets: Any, packed: PackedSequence, batch: int) -> Tensor:
 
 def reset_state_of(
     reset_state: Any, x: Tensor, shapes: Sequence[tuple[int, ...]], layout: Layout
-) -> tuple[Tensor, Tensor]:
-    """The replacing states, with a batch axis."""
+) -> tuple[Tensor, Tensor | None]:
+    """The replacing states, with a batch axis: one, and None, if there is one shape."""
+    if len(shapes) == 1:
+        expected = shapes[0] if layout.batched else (shapes[0][0], shapes[0][2])
+        if not isinstance(reset_state, Tensor):
+            raise TypeError(f"reset_state: expected a Tensor, h, got {described_pair(reset_state)}")
+        check_like_input("reset_state", reset_state, expected, x, ", that of hx")
+        return reset_state if layout.batched else reset_state.unsqueeze(1), None
     if not is_pair(reset_state):
         got = described_pair(reset_state)
         raise TypeError(f"reset_state: expected a tuple of two Tensors (h, c), got {got}")

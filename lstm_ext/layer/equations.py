@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.nn.functional import linear
 
 from .activations import activation_functions
 from .layer_call import LayerCall, LayerOptions, LayerResults
-from .shapes import check_shapes, count_mask, direction_of
+from .shapes import check_shapes, count_mask, direction_of, gates_of
 from .tracing import any_autocast
 
 
@@ -92,6 +93,15 @@ def _cell(
     return step
 
 
+def _gru(from_input: Tensor, from_state: Tensor, h: Tensor) -> Tensor:
+    """h_t of a GRU; torch calls the update gate u z."""
+    input_r, input_u, input_n = from_input.chunk(3, dim=-1)
+    state_r, state_u, state_n = from_state.chunk(3, dim=-1)
+    r, u = torch.sigmoid(input_r + state_r), torch.sigmoid(input_u + state_u)
+    n = torch.tanh(input_n + r * state_n)
+    return n + u * (h - n)
+
+
 def _direction(call: LayerCall, d: int, input: Tensor, sizes: list[int] | None) -> tuple[Tensor | None, ...]:
     """The output, h_n, c_n, the cell states and the gate values; None where these are not requested."""
     options, h0, c0 = call.options, call.h0, call.c0
@@ -99,6 +109,8 @@ def _direction(call: LayerCall, d: int, input: Tensor, sizes: list[int] | None) 
     if peephole:  # with coupled gates, the weight of f gets zeros, and not nothing, as its gradient
         peephole = torch.stack(list(peephole)).unbind()
     cell = _cell(options, input.dtype, norm, peephole)
+    if options.gru:  # one state in the place of both
+        c0, options = h0, replace(options, reset_c=options.reset_h)
 
     def by_step(x: Tensor) -> Sequence[Tensor]:
         return x.split(sizes) if sizes else x.unbind(0)
@@ -114,7 +126,7 @@ def _direction(call: LayerCall, d: int, input: Tensor, sizes: list[int] | None) 
     reset_h, reset_c = [None if x is None else x[d] for x in (options.reset_h, options.reset_c)]
     batch = sizes[0] if sizes else input.size(1)
     h_start = h0[d] if h0 is not None else input.new_zeros(batch, w_hh.size(1))
-    c_start = c0[d] if c0 is not None else input.new_zeros(batch, w_hh.size(0) // 4)
+    c_start = c0[d] if c0 is not None else input.new_zeros(batch, w_hh.size(0) // gates_of(options))
 
     # The input's share of the gates needs no earlier step: one product for all of them.
     from_input = layer_norm(linear(input, w_ih), norm[0], b_ih) if norm else linear(input, w_ih, b_ih)
@@ -142,7 +154,11 @@ def _direction(call: LayerCall, d: int, input: Tensor, sizes: list[int] | None) 
             c = torch.cat([c, c_start[c.size(0) : rows]])
         seen = h if mask is None else h * mask[:rows]
         from_state = layer_norm(linear(seen, w_hh), norm[1], b_hh) if norm else linear(seen, w_hh, b_hh)
-        new_h, new_c, *values = cell(gates_of_step[t] + from_state, c)
+        values: Sequence[Tensor] = ()
+        if options.gru:
+            new_h = new_c = _gru(gates_of_step[t], from_state, h)
+        else:
+            new_h, new_c, *values = cell(gates_of_step[t] + from_state, c)
         if w_hr is not None:
             new_h = linear(new_h, w_hr)
         new_c = _zone_out(new_c, c, None if keep_c is None else keep_c[t], options.zoneout_c)

@@ -49,6 +49,8 @@ class LayerOptions:
             them; empty for sigmoid, tanh and tanh.
         preactivation_clip: the bound of what the functions of the gates take; 0 without one.
         return_cell_states, return_gates: whether these results are requested.
+        gru: whether the cell is that of ``torch.nn.GRU``: weights have 3H rows, c0 and reset_c are None, and the
+            result c_n says nothing.
         recompute: save no gates for the backward pass, which computes them again.
     """
 
@@ -72,6 +74,7 @@ class LayerOptions:
     preactivation_clip: float = 0
     return_cell_states: bool = False
     return_gates: bool = False
+    gru: bool = False
     recompute: bool = False
     # Not an option: the options in the extension's form, kept if they serve many calls. Converting takes microseconds.
     native = None

@@ -24,6 +24,7 @@ class _Sizes(NamedTuple):
     output_size: Any
     weights_per_direction: int
     projected: bool
+    rows: Any  # of the weights: 4H, or 3H
 
 
 def _sizes(weights: Sequence[Any], has_bias: bool, bidirectional: bool) -> _Sizes:
@@ -32,7 +33,8 @@ def _sizes(weights: Sequence[Any], has_bias: bool, bidirectional: bool) -> _Size
     shapes = [w.shape if isinstance(w, Tensor) else w for w in weights[:per_direction]]
     output_size = shapes[1][1]
     hidden_size = shapes[-1][1] if projected else output_size
-    return _Sizes(2 if bidirectional else 1, shapes[0][1], hidden_size, output_size, per_direction, projected)
+    directions = 2 if bidirectional else 1
+    return _Sizes(directions, shapes[0][1], hidden_size, output_size, per_direction, projected, shapes[0][0])
 
 
 # ---- shapes, strides and dtypes: as the kernels in csrc/torch return them, all contiguous
@@ -128,10 +130,9 @@ def _fake_backward(*layer: Any, **keywords: Any) -> list[Tensor]:
 def _products(input: Any, s: _Sizes) -> tuple[int, int, int]:
     """The operations of one product with W_ih, W_hh and W_hr for all rows of all directions."""
     rows = 2 * s.directions * prod(input[:-1])
-    gates = 4 * s.hidden_size
     return (
-        rows * gates * s.input_size,
-        rows * gates * s.output_size,
+        rows * s.rows * s.input_size,
+        rows * s.rows * s.output_size,
         rows * s.output_size * s.hidden_size if s.projected else 0,
     )
 

@@ -111,6 +111,8 @@ def is_direct(call: LayerCall) -> bool:
         if type(w) not in PLAIN_TYPES:
             return False
     options = call.options
+    if options.gru and device != _CPU:
+        return False
     if options is not PLAIN and options.native is None and not are_plain(options.tensors()):
         return False
     if not ((h0 is None or type(h0) in PLAIN_TYPES) and (c0 is None or type(c0) in PLAIN_TYPES)):
@@ -180,7 +182,7 @@ def plain_layers(
         input,
         hx,
         weights,
-        module._native_options,
+        module._native_options or (_native_gru(kernels, len(weights)) if module.gru else None),
         layout,
         module.input_size,
         module.hidden_size,
@@ -190,14 +192,18 @@ def plain_layers(
     )
 
 
-def plain_cell(
-    weights: list[Tensor], input: Tensor, hx: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor] | None:
+@functools.cache
+def _native_gru(kernels: Any, layers: int) -> list[Any]:
+    """The options of the layers of a GRU, in the extension's form."""
+    return [kernels.LayerOptions(gru=True)] * layers
+
+
+def plain_cell(weights: list[Tensor], input: Tensor, hx: Any, gru: bool = False) -> Any:
     """The same for a cell, with ``weight_ih, weight_hh, bias_ih, bias_hh``; the biases may be None."""
     if _is_compiling() or forward_ad._current_level >= 0:
         return None
     kernels = loader.extension()
-    return None if kernels is None else kernels.lstm_cell_module(input, hx, weights)
+    return None if kernels is None else kernels.lstm_cell_module(input, hx, weights, gru)
 
 
 def lstm_cell(
@@ -240,7 +246,7 @@ def _indirect_layer(call: LayerCall) -> LayerFunction:
             return equations.lstm_layer
         if not known:
             return _layer_without_our_operator(call)
-    if not has_operators(input.device):
+    if not (has_gru(input.device) if call.options.gru else has_operators(input.device)):
         if torch.compiler.is_compiling() or loader.wants_equations():
             return equations.lstm_layer
         # On other devices torch's operator has no second derivatives.
@@ -298,6 +304,11 @@ def has_operators(device: torch.device) -> bool:
     if device.type == "cuda":
         return cuda_kernels.may_run(device.index)
     return device.type in ("cpu", "meta") and loader.has_kernels()
+
+
+def has_gru(device: torch.device) -> bool:
+    """Whether we have kernels of a GRU for a device."""
+    return device.type != "cuda" and has_operators(device)
 
 
 def torch_is_faster(dtype: torch.dtype, steps: int, batch: int, hidden_size: int) -> list[TorchIsFaster]:
@@ -452,6 +463,21 @@ def torch_lstm(
     if batch_sizes is None:
         return torch.lstm(x, (h0, c0), list(weights), *settings, False)
     return torch.lstm(x, batch_sizes, (h0, c0), list(weights), *settings)
+
+
+def torch_gru(
+    x: Tensor, h0: Tensor | None, weights: Sequence[Sequence[Tensor]], batch_sizes: Tensor | None, stack: Any
+) -> tuple[Tensor, Tensor]:
+    """Output and h_n of a stack of GRU layers, by ``torch.gru``; None for zeros."""
+    sets = stack.num_layers * (2 if stack.bidirectional else 1)
+    if h0 is None:
+        batch = x.size(1) if batch_sizes is None else batch_sizes.tolist()[0]
+        h0 = x.new_zeros(sets, batch, weights[0][1].size(1))
+    flat = [w for layer in weights for w in layer]
+    settings = (stack.bias, stack.num_layers, stack.dropout, stack.training, stack.bidirectional)
+    if batch_sizes is None:
+        return torch.gru(x, h0, flat, *settings, False)
+    return torch.gru(x, batch_sizes, h0, flat, *settings)
 
 
 def given_states(

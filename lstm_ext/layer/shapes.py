@@ -7,12 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layer_call import NUMBERS, LayerCall
+from .layer_call import NUMBERS, LayerCall, LayerOptions
+
+# The options of a layer that go with a GRU.
+_OF_GRU = {"gru", "resets", "reset_h", "lengths", "recurrent_mask", "frozen", "recompute"}
 
 
 def count_mask(lengths: Tensor, time: int) -> Tensor:
     """The steps that count, (T, B), for lengths (B,)."""
     return torch.arange(time, device=lengths.device).unsqueeze(1) < lengths
+
+
+def gates_of(options: LayerOptions) -> int:
+    """The gates that the rows of weights belong to."""
+    return 3 if options.gru else 4
 
 
 def weight_counts(sets: int, bias: bool) -> tuple[int, int]:
@@ -57,17 +65,18 @@ def check_shapes(call: LayerCall) -> None:
     input, weights = call.input, call.weights
     directions = 2 if call.bidirectional else 1
     per_direction, projected = weights_per_direction(len(weights), call.bias, call.bidirectional)
-    hidden = weights[0].size(0) // 4
+    gates = gates_of(call.options)
+    hidden = weights[0].size(0) // gates
     state = weights[per_direction - 1].size(0) if projected else hidden
     expected: list[tuple[str, Tensor, tuple[int, ...]]] = []
     for d in range(directions):
         w_ih, w_hh, *others = weights[d * per_direction : (d + 1) * per_direction]
         projections = others[-1:] if projected else []
         expected += [
-            ("weight_ih", w_ih, (4 * hidden, input.size(-1))),
-            ("weight_hh", w_hh, (4 * hidden, state)),
+            ("weight_ih", w_ih, (gates * hidden, input.size(-1))),
+            ("weight_hh", w_hh, (gates * hidden, state)),
         ]
-        expected += [("bias", b, (4 * hidden,)) for b in others[: len(others) - len(projections)]]
+        expected += [("bias", b, (gates * hidden,)) for b in others[: len(others) - len(projections)]]
         expected += [("weight_hr", w, (state, hidden)) for w in projections]
     options = call.options
     if len(options.peephole) not in (0, 3 * directions):
@@ -79,6 +88,11 @@ def check_shapes(call: LayerCall) -> None:
             raise ValueError(f"lstm_ext: {name} is {getattr(options, name)}, expected a number of at least 0")
     if options.norm and (options.peephole or options.coupled_gates):
         raise RuntimeError("lstm_ext: layer normalisation goes with neither peepholes nor coupled gates")
+    if options.gru:
+        others = [name for name in options.as_keywords() if name not in _OF_GRU]
+        others += ["c0"] * (call.c0 is not None) + ["weight_hr"] * projected
+        if others:
+            raise RuntimeError(f"lstm_ext: gru: got {', '.join(others)}, which a GRU does not have")
     names = ("weight_ci", "weight_cf", "weight_co")
     expected += [(names[i % 3], w, (hidden,)) for i, w in enumerate(options.peephole)]
     for name, tensor, shape in expected:

@@ -59,7 +59,7 @@ def lstm_layer(
 
 def lstm_module(
     input: Tensor,
-    hx: tuple[Tensor, Tensor] | None,
+    hx: tuple[Tensor, Tensor] | Tensor | None,
     weights: list[list[Tensor]],
     options: list[LayerOptions] | None,
     layout: int,
@@ -69,11 +69,12 @@ def lstm_module(
     has_bias: bool,
     bidirectional: bool,
     /,
-) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
+) -> tuple[Tensor, tuple[Tensor, Tensor] | Tensor] | None:
     """The results of a module, one layer after the other, from the user's arguments; autograd records each layer.
 
     None if an argument is not a plain tensor on the CPU, a mode or a transform intercepts it, or sizes do not fit. Does
-    not check for forward-mode AD, compilers and dropout. Shapes are those of :class:`lstm_ext.LSTM`.
+    not check for forward-mode AD, compilers and dropout. Shapes are those of :class:`lstm_ext.LSTM`; with the option
+    ``gru`` there is one state, h.
 
     Args:
         weights, options: one entry a layer.
@@ -81,16 +82,18 @@ def lstm_module(
     """
 
 def lstm_cell_module(
-    input: Tensor, hx: tuple[Tensor, Tensor] | None, weights: list[Tensor | None], /
-) -> tuple[Tensor, Tensor] | None:
-    """h and c of a cell, or None, like lstm_module; shapes are those of :class:`lstm_ext.LSTMCell`."""
+    input: Tensor, hx: tuple[Tensor, Tensor] | Tensor | None, weights: list[Tensor | None], gru: bool, /
+) -> tuple[Tensor, Tensor] | Tensor | None:
+    """h and c of a cell, or h of a GRU, or None, like lstm_module; shapes are those of the cell's class."""
 
 def lstm_cell(
     input: Tensor, h: Tensor | None, c: Tensor | None, weights: Sequence[Tensor], has_bias: bool
 ) -> tuple[Tensor, Tensor]:
     """h and c after one step, for input (B, I), h and c (B, H), without a projection; otherwise like lstm_layer."""
 
-def freeze_weights(weights: Sequence[Tensor], has_bias: bool, bidirectional: bool, kind: str) -> list[Tensor]:
+def freeze_weights(
+    weights: Sequence[Tensor], has_bias: bool, bidirectional: bool, kind: str, gru: bool = False
+) -> list[Tensor]:
     """Bytes for each direction: the weights packed for the instruction set in use.
 
     ``kind`` is ``"own"``, ``"bfloat16"`` or ``"int8"``: the type to which weight_ih and weight_hh are rounded.

@@ -1,4 +1,7 @@
-"""The arguments of a call of ``lstm_ext.LSTM`` that do not fit, with the errors and texts of ``torch.nn.LSTM``."""
+"""The arguments of a call of a layer that do not fit, with the errors and texts of torch's layer.
+
+The layer of a GRU has no c: its ``c0`` is None, and there is one shape of states.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def check_arguments(
     w: Tensor,
     state_shapes: Sequence[tuple[int, int, int]],
 ) -> None:
-    """Raise an error for arguments that do not fit, in the order and with the texts of ``nn.LSTM``.
+    """Raise an error for arguments that do not fit, in the order and with the texts of torch's layer.
 
     Dtypes may differ under autocast.
     """
@@ -35,10 +38,11 @@ def check_arguments(
         raise RuntimeError(
             f"input.size(-1) must be equal to input_size. Expected {layer.input_size}, got {x.size(-1)}"
         )
-    states = [] if h0 is None or c0 is None else [h0, c0]
+    states = [state for state in (h0, c0) if state is not None]
     for i, state in enumerate(states):
         if state.shape != state_shapes[i]:
-            layer.check_hidden_size(state, state_shapes[i], f"Expected hidden[{i}] size {{}}, got {{}}")
+            which = "hidden" if len(state_shapes) == 1 else f"hidden[{i}]"
+            layer.check_hidden_size(state, state_shapes[i], f"Expected {which} size {{}}, got {{}}")
     if device != w.device:
         raise RuntimeError(
             "Input and parameter tensors are not at the same device, "
@@ -52,14 +56,22 @@ def check_arguments(
             )
         if state.dtype != dtype and not autocast:
             raise RuntimeError(
-                f"LSTM: hx[{i}] dtype ({state.dtype}) does not match input dtype ({dtype}). "
-                f"Convert it: hx[{i}].to({dtype})"
+                f"{layer.mode}: {_hx(layer, i)} dtype ({state.dtype}) does not match input dtype ({dtype}). "
+                f"Convert it: {_hx(layer, i)}.to({dtype})"
             )
     if is_zero(x.size(0)):
         raise RuntimeError(EMPTY_SEQUENCE)
 
 
-def unpack_hx(hx: Any) -> tuple[Tensor, Tensor]:
+def _hx(layer: nn.RNNBase, i: int) -> str:
+    return "hx" if layer.mode == "GRU" else f"hx[{i}]"
+
+
+def unpack_hx(layer: nn.RNNBase, hx: Any) -> tuple[Tensor, Tensor | None]:
+    if layer.mode == "GRU":
+        if not isinstance(hx, Tensor):
+            raise TypeError(f"GRU: expected hx to be a Tensor, h_0, got {described_pair(hx)}")
+        return hx, None
     if not is_pair(hx):
         raise TypeError(
             f"LSTM: expected hx to be a tuple of two Tensors (h_0, c_0), got {described_pair(hx)}"
@@ -67,19 +79,21 @@ def unpack_hx(hx: Any) -> tuple[Tensor, Tensor]:
     return hx[0], hx[1]
 
 
-def batched_states(h0: Tensor, c0: Tensor, rank: int, is_step: bool) -> tuple[Tensor, Tensor]:
+def batched_states(
+    layer: nn.RNNBase, h0: Tensor, c0: Tensor | None, rank: int, is_step: bool
+) -> tuple[Tensor, Tensor | None]:
     """The states as 3-D tensors, or torch's error for a wrong rank; torch has no steps."""
-    if h0.dim() != rank or c0.dim() != rank:
+    if h0.dim() != rank or (c0 is not None and c0.dim() != rank):
+        got = f"{h0.dim()}-D" if c0 is None else f"({h0.dim()}-D, {c0.dim()}-D)"
         if is_step:
             batch, shape = (
                 ("a batch", "(num_layers, B, size)") if rank == 3 else ("one row", "(num_layers, size)")
             )
             raise RuntimeError(
-                f"LSTM.step: expected states of shape {shape} for x_t of {batch}, got ({h0.dim()}-D, {c0.dim()}-D)"
+                f"{layer.mode}.step: expected states of shape {shape} for x_t of {batch}, got {got}"
             )
         batched = "batched 3-D" if rank == 3 else "unbatched 2-D"
-        raise RuntimeError(
-            f"For {batched} input, hx and cx should also be {rank}-D "
-            f"but got ({h0.dim()}-D, {c0.dim()}-D) tensors"
-        )
-    return h0.unsqueeze(1), c0.unsqueeze(1)
+        if c0 is None:
+            raise RuntimeError(f"For {batched} input, hx should also be {rank}-D but got {got} tensor")
+        raise RuntimeError(f"For {batched} input, hx and cx should also be {rank}-D but got {got} tensors")
+    return h0.unsqueeze(1), None if c0 is None else c0.unsqueeze(1)

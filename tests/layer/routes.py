@@ -114,7 +114,7 @@ def module_call(function: Callable[..., Any], seen: list[str], event: str) -> Ca
     def call(input, hx, weights, *others):
         results = function(input, hx, weights, *others)
         if results is not None:
-            seen.extend([event] * (len(weights) if others else 1))
+            seen.extend([event] * (1 if isinstance(weights[0], Tensor) else len(weights)))
         return results
 
     return call

@@ -159,7 +159,7 @@ def test_one_call_for_all_layers_declines_what_does_not_fit(layer, x, taken):
 def test_number_of_arguments():
     with pytest.raises(RuntimeError, match="expected 10 arguments, got 1"):
         loader.extension().lstm_module(None)
-    with pytest.raises(RuntimeError, match="expected 3 arguments, got 1"):
+    with pytest.raises(RuntimeError, match="expected 4 arguments, got 1"):
         loader.extension().lstm_cell_module(None)
 
 

@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 import lstm_ext
 from lstm_ext.call import values
 from lstm_ext.native import loader
+from lstm_ext.nn.recurrent import RecurrentLayer
 from lstm_ext.options import OPTIONS
 
 _C = loader.extension()
@@ -124,6 +125,7 @@ Options: Any = dataclasses.make_dataclass(
 class Case:
     """One layer, its arguments and how it is run; the numbers themselves come from ``seed``."""
 
+    cell: str = "LSTM"  # or "GRU", whose only state is h: CELLS_OF_TORCH
     layout: str = "batched"  # batched, unbatched, or a way of packing (PACKINGS)
     lengths: tuple[int, ...] = (3, 3)  # one entry a batch row; all the same unless packed
     steps: int = 3  # T, where there is no batch row to tell
@@ -167,8 +169,8 @@ class Case:
         return 2 if self.bidirectional else 1
 
     @property
-    def state_sizes(self) -> tuple[int, int]:
-        return self.proj_size or self.hidden_size, self.hidden_size
+    def state_sizes(self) -> tuple[int, ...]:
+        return ((self.proj_size or self.hidden_size), self.hidden_size)[: 1 if self.cell == "GRU" else 2]
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -182,7 +184,9 @@ class Case:
 
     @property
     def results(self) -> tuple[str, ...]:
-        return ("output", "h_n", "c_n") + (self.options.returned if self.options else ())
+        return ("output", *["h_n", "c_n"][: len(self.state_sizes)]) + (
+            self.options.returned if self.options else ()
+        )
 
 
 # --- strides -------------------------------------------------------------------------------------------------------
@@ -344,19 +348,19 @@ class Tensors:
     """Everything a run is given, before strides. Frozen or not is for the run to say."""
 
     input: Tensor
-    hx: tuple[Tensor, Tensor] | None
+    hx: tuple[Tensor, ...] | None
     weights: list[Tensor]
     grads: dict[str, Tensor]  # of the results
-    reset_state: tuple[Tensor, Tensor] | None = None
+    reset_state: tuple[Tensor, ...] | None = None
     resets: Tensor | None = None  # bool
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Tensors:
         return Tensors(
             f(self.input),
-            None if self.hx is None else (f(self.hx[0]), f(self.hx[1])),
+            None if self.hx is None else tuple([f(s) for s in self.hx]),
             [f(w) for w in self.weights],
             {name: f(g) for name, g in self.grads.items()},
-            None if self.reset_state is None else (f(self.reset_state[0]), f(self.reset_state[1])),
+            None if self.reset_state is None else tuple([f(s) for s in self.reset_state]),
             self.resets,
         )
 
@@ -391,7 +395,7 @@ def tensors_of(case: Case) -> Tensors:
     batch = () if case.layout == "unbatched" else (B,)
     states = tuple(normal(sets, *batch, n) for n in case.state_sizes)
     grads = {"output": normal(*case.rows, width)}
-    grads |= {name: normal(*s.shape) for name, s in zip(("h_n", "c_n"), states, strict=True)}
+    grads |= {name: normal(*s.shape) for name, s in zip(("h_n", "c_n"), states, strict=False)}
 
     resets, reset_state = None, None
     if case.options is not None:
@@ -401,11 +405,10 @@ def tensors_of(case: Case) -> Tensors:
         if case.options.resets is not None:
             resets = torch.rand(rows, generator=generator) < case.options.resets
         if case.options.reset_state:
-            h, c = [strided(case.hx_strides, normal(*s.shape)) for s in states]
-            reset_state = h, c
+            reset_state = tuple([strided(case.hx_strides, normal(*s.shape)) for s in states])
     tensors = Tensors(
         strided(case.input_strides, input),
-        (strided(case.hx_strides, states[0]), strided(case.hx_strides, states[1])) if case.hx else None,
+        tuple([strided(case.hx_strides, s) for s in states]) if case.hx else None,
         weights,
         {name: strided(case.grad_strides, g) for name, g in grads.items()},
         reset_state,
@@ -428,15 +431,43 @@ def tensors_of(case: Case) -> Tensors:
 
 def sizes_of(case: Case) -> tuple[Any, ...]:
     """The arguments of the constructor that torch's layer has too."""
-    return (
+    sizes = (
         case.input_size, case.hidden_size, case.num_layers, case.bias, case.batch_first, case.dropout,
-        case.bidirectional, case.proj_size,
+        case.bidirectional,
     )  # fmt: skip
+    return sizes if case.cell == "GRU" else (*sizes, case.proj_size)
+
+
+class OneState:
+    """A GRU with the states of an LSTM: a tuple, here of one."""
+
+    def forward(self, input: Any, hx: Any = None, *, reset_state: Any = None, **more: Any) -> Any:
+        if reset_state is not None:
+            more["reset_state"] = reset_state[0]
+        y, h = super().forward(input, None if hx is None else hx[0], **more)  # type: ignore[misc]
+        return y, (h,)
+
+    def step(self, x: Tensor, hx: Any = None) -> Any:
+        y, h = super().step(x, None if hx is None else hx[0])  # type: ignore[misc]
+        return y, (h,)
+
+
+class GRU(OneState, lstm_ext.GRU):
+    pass
+
+
+class TorchGRU(OneState, nn.GRU):
+    pass
+
+
+# The class of a case of the cell "GRU", for that of an LSTM.
+OF_GRU: dict[type[nn.Module], type[nn.Module]] = {lstm_ext.LSTM: GRU, nn.LSTM: TorchGRU}
 
 
 def make_module(
     kind: type[nn.Module], case: Case, dtype: torch.dtype, weights: list[Tensor] | None
 ) -> nn.Module:
+    kind = OF_GRU[kind] if case.cell == "GRU" else kind
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # dropout with one layer
         module = kind(
@@ -444,8 +475,8 @@ def make_module(
             dtype=dtype,
             device="meta",
             **(
-                case.options.constructor
-                if case.options is not None and issubclass(kind, lstm_ext.LSTM)
+                {n: v for n, v in case.options.constructor.items() if OPTIONS[n].gru or case.cell != "GRU"}
+                if case.options is not None and issubclass(kind, RecurrentLayer)
                 else {}
             ),
         ).train(case.training)
@@ -490,9 +521,10 @@ def arguments_of(
     def pack(x: Tensor) -> PackedSequence:
         return PACKINGS[case.layout](x, case.lengths)
 
-    def states(pair: tuple[Tensor, Tensor] | None, *names: str) -> tuple[Tensor, ...] | None:
+    def states(pair: tuple[Tensor, ...] | None, *names: str) -> tuple[Tensor, ...] | None:
         if pair is None:
             return None
+        names = names[: len(pair)]
         for name, s in zip(names, pair, strict=True):
             leaves[name] = leaf(strided(case.hx_strides, s.to(dtype)), name not in case.frozen)
         return tuple([leaves[name] for name in names])
@@ -541,6 +573,9 @@ CELLS: dict[str, dict[str, Any]] = {
     "random": {"zoneout": (0.3, 0.2), "recurrent_dropout": 0.4, "weight_dropout": 0.3},
     "random, norm": {"zoneout": 0.3, "recurrent_dropout": 0.4, "layer_norm": True, "recompute": True},
     "recompute": {"recompute": True},
+    "GRU": {},
+    "GRU, random": {"recurrent_dropout": 0.4, "weight_dropout": 0.3},
+    "GRU, recompute": {"recompute": True},
 }
 CALLS: dict[str, dict[str, Any]] = {
     "": {},
@@ -569,13 +604,17 @@ def case_of(form: str, cell: str, call: str, **more: Any) -> Case | None:
     options = {**CELLS[cell], **of_call}
     if not FORMS[form].get("bias", True):
         options.pop("forget_bias", None)
+    gru = cell.startswith("GRU")
+    if gru and any(name.startswith("return") for name in of_call):
+        return None
+    of_form = {n: v for n, v in FORMS[form].items() if not (gru and n == "proj_size")}
     returned = tuple([n for n in ("cell_states", "gates") if of_call.get(f"return_{n}")])
     described = {
         "input_size": 3, "hidden_size": 8 if "norm" in cell else 5, "hx": call != "resets", "dtype": "float64",
-        "training": "random" in cell, "grad_of": ("output", "h_n", "c_n", *returned),
+        "training": "random" in cell, "cell": "GRU" if gru else "LSTM", "grad_of": ("output", "h_n", "c_n", *returned),
         "options": Options(**options) if options else None,
     }  # fmt: skip
-    return Case(**{**described, **FORMS[form], **more})
+    return Case(**{**described, **of_form, **more})
 
 
 def table() -> Iterator[tuple[str, Case, bool]]:

@@ -67,12 +67,9 @@ INSIDE_OTHERWISE = 4.0
 
 
 def named(result: Any) -> dict[str, Tensor]:
-    output, (h_n, c_n), *rest = result
-    values = {
-        "output": output.data if isinstance(output, PackedSequence) else output,
-        "h_n": h_n,
-        "c_n": c_n,
-    }
+    output, states, *rest = result
+    values = {"output": output.data if isinstance(output, PackedSequence) else output}
+    values |= dict(zip(("h_n", "c_n"), states, strict=False))
     for extras in rest:
         assert type(extras) is lstm_ext.LSTMExtras
         values |= {name: x for name, x in extras._asdict().items() if x is not None}
@@ -118,7 +115,7 @@ def run(
     if case.mode in ("grad", "twice") and wanted:
         grads = {name: strided(case.grad_strides, g.to(dtype)) for name, g in tensors.grads.items()}
         # Without a path to any wanted leaf (T = 1: c_n and the last projection) torch's result needs no gradient.
-        chosen = [name for name in case.grad_of if values[name].requires_grad]
+        chosen = [name for name in case.grad_of if name in values and values[name].requires_grad]
 
         def backward(retain_graph: bool) -> list[Tensor]:
             if not chosen:

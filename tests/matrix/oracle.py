@@ -19,6 +19,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 import lstm_ext
 from lstm_ext.call import values
 
+from .cases import OF_GRU
+
 
 class Masks(NamedTuple):
     """Of one layer. recurrent (D, B, P), zoneout_h (D, T, B, P), zoneout_c (D, T, B, H); None for none.
@@ -86,7 +88,7 @@ def drawn(
             between = between.view(time, batch, width)
         weights = None
         if module.weight_dropout:
-            ones = torch.ones(4 * hidden, state, dtype=torch.float64)
+            ones = torch.ones((3 if module.gru else 4) * hidden, state, dtype=torch.float64)
             weights = torch.stack(
                 [torch.nn.functional.dropout(ones, module.weight_dropout) for _ in range(directions)]
             )
@@ -125,7 +127,7 @@ class Cell:
         self.module = module
         names = dict(module.named_parameters())
         self.w_ih, self.w_hh = names[f"weight_ih{suffix}"], names[f"weight_hh{suffix}"]
-        zero = torch.zeros(4 * module.hidden_size, dtype=torch.float64)
+        zero = torch.zeros(len(self.w_hh), dtype=torch.float64)
         self.b_ih, self.b_hh = names.get(f"bias_ih{suffix}", zero), names.get(f"bias_hh{suffix}", zero)
         self.w_hr = names.get(f"weight_hr{suffix}")
         if module.layer_norm:
@@ -175,6 +177,12 @@ class Cell:
 
     def __call__(self, x, h, c, dropped, kept_h, kept_c):
         from_x, from_h = self.w_ih @ x, self.w_hh @ (h * dropped)
+        if self.module.gru:
+            r_x, z_x, n_x = (from_x + self.b_ih).view(3, -1)
+            r_h, z_h, n_h = (from_h + self.b_hh).view(3, -1)
+            r, z = [1 / (1 + torch.exp(-a)) for a in (r_x + r_h, z_x + z_h)]
+            h = (1 - z) * torch.tanh(n_x + r * n_h) + z * h
+            return h, h, torch.zeros_like(h).unsqueeze(-1).expand(-1, 4)
         if self.module.layer_norm:
             from_x, from_h = normalised(from_x, self.gain_ih, 0.0), normalised(from_h, self.gain_hh, 0.0)
         i, f, g, o = (from_x + from_h + self.b_ih + self.b_hh).view(4, -1)
@@ -292,8 +300,8 @@ def resets_between(resets: Tensor, mask: Tensor) -> Tensor:
     return found
 
 
-class OracleLSTM(lstm_ext.LSTM):
-    """The parameters of ``lstm_ext.LSTM``, and the oracle for the computation. Takes plain forms of arguments only."""
+class _Oracle:
+    """The ``forward`` of a layer that the oracle computes. It takes plain forms of arguments only."""
 
     def forward(  # type: ignore[override]
         self,
@@ -309,6 +317,8 @@ class OracleLSTM(lstm_ext.LSTM):
     ) -> tuple[Any, ...]:
         places = order = known = None
         unbatched = False
+        if self.gru:  # both states are h
+            hx, reset_state = [s and (s[0], s[0]) for s in (hx, reset_state)]
         if isinstance(input, PackedSequence):
             places, lengths, order = places_of_rows(input)
             time, batch = len(input.batch_sizes), len(lengths)
@@ -360,6 +370,8 @@ class OracleLSTM(lstm_ext.LSTM):
             y = output.transpose(0, 1) if self.batch_first else output
             if self.batch_first:
                 cells, gates = cells.transpose(1, 2), gates.transpose(1, 2)
+        if self.gru:
+            return y, (h_n,)
         if not (return_cell_states or return_gates):
             return y, (h_n, c_n)
         extras = lstm_ext.LSTMExtras(cells if return_cell_states else None, gates if return_gates else None)
@@ -377,3 +389,14 @@ class OracleLSTM(lstm_ext.LSTM):
             (sets, time, 0, hidden, 4),
         ]  # fmt: skip
         return Result(*[torch.zeros(shape, dtype=torch.float64) for shape in shapes])
+
+
+class OracleLSTM(_Oracle, lstm_ext.LSTM):
+    """The parameters of ``lstm_ext.LSTM``, and the oracle for the computation."""
+
+
+class OracleGRU(_Oracle, lstm_ext.GRU):
+    """The same for ``lstm_ext.GRU``."""
+
+
+OF_GRU[OracleLSTM] = OracleGRU

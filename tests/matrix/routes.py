@@ -31,7 +31,7 @@ from lstm_ext import functional, reference
 from lstm_ext.native import loader
 from lstm_ext.options import OPTIONS
 
-from .cases import Case
+from .cases import OF_GRU, Case
 from .judge import Call, by_itself
 
 __all__ = ["ROUTES", "Holder", "NestedLSTM", "Route"]
@@ -49,6 +49,7 @@ class Route(NamedTuple):
         share: the number of its cases that are of this tier.
         others: whether the tier "full" has its other cases, which it has not where one takes half a minute.
         dtype: that of its cases, "" for any.
+        gru: whether it has the cell "GRU".
     """
 
     call: Call
@@ -59,13 +60,14 @@ class Route(NamedTuple):
     share: int = 24
     others: bool = True
     dtype: str = ""
+    gru: bool = True
 
     def cases(self, cases: dict[str, Case], mode: str) -> dict[str, Case]:
         """Those of a table that it has, in a mode that it has."""
         if mode not in self.modes:
             return {}
         changed = {n: replace(c, mode=mode, dtype=self.dtype or c.dtype) for n, c in cases.items()}
-        return {name: case for name, case in changed.items() if self.has(case)}
+        return {n: c for n, c in changed.items() if self.has(c) and (self.gru or c.cell != "GRU")}
 
 
 # --- which cases
@@ -110,7 +112,7 @@ def by_steps(module: Any, x: Tensor, hx: Any, resets: Any = None, reset_state: A
             flags = resets[t].view(1, *resets[t].shape, 1).bool()
             if hx is None:
                 batch = x.shape[1:-1]
-                sizes = module.proj_size or module.hidden_size, module.hidden_size
+                sizes = (module.proj_size or module.hidden_size, module.hidden_size)[: 1 if module.gru else 2]
                 hx = tuple([x.new_zeros(module.num_layers, *batch, n) for n in sizes])
             others = reset_state or [torch.zeros_like(s) for s in hx]
             hx = tuple([torch.where(flags, new, s) for new, s in zip(others, hx, strict=True)])
@@ -162,7 +164,7 @@ def by_cells(module: Any, x: Tensor, hx: Any) -> Any:
     return x.transpose(0, 1) if module.batch_first and x.dim() == 3 else x, (h, c)
 
 
-class NestedLSTM(lstm_ext.LSTM):
+class _Nested:
     """Gives a ``PackedSequence`` to the layer as a nested tensor, and takes the results back."""
 
     def forward(
@@ -184,7 +186,7 @@ class NestedLSTM(lstm_ext.LSTM):
         def sorted_states(states: Any) -> Any:
             return states and tuple([s if order is None else s.index_select(1, order) for s in states])
 
-        y, (h, c), *extras = super().forward(
+        y, states, *extras = super().forward(
             nested(input.data),
             sorted_states(hx),
             resets=None if resets is None else nested(resets.data),
@@ -193,8 +195,19 @@ class NestedLSTM(lstm_ext.LSTM):
         )
         y = input._replace(data=y.values().index_select(0, back))
         unsorted = input.unsorted_indices
-        states = (h, c) if unsorted is None else (h.index_select(1, unsorted), c.index_select(1, unsorted))
+        states = states if unsorted is None else tuple([s.index_select(1, unsorted) for s in states])
         return y, states, *[e.map(lambda values: values.index_select(1, back)) for e in extras]
+
+
+class NestedLSTM(_Nested, lstm_ext.LSTM):
+    pass
+
+
+class NestedGRU(_Nested, OF_GRU[lstm_ext.LSTM]):  # type: ignore[misc]
+    pass
+
+
+OF_GRU[NestedLSTM] = NestedGRU
 
 
 def under_a_mode(module: Any, x: Any, hx: Any, **more: Any) -> Any:
@@ -235,7 +248,7 @@ def by_vmap(module: Any, x: Any, hx: Any, **more: Any) -> Any:
     y, states, *extras = vmap(call, randomness="same")(torch.stack([data, 0.5 * data]))
     first = [lstm_ext.LSTMExtras(**{n: extra[n][0] if n in extra else None for n in lstm_ext.LSTMExtras._fields})
              for extra in extras]  # fmt: skip
-    return x._replace(data=y[0]) if packed else y[0], (states[0][0], states[1][0]), *first
+    return x._replace(data=y[0]) if packed else y[0], tuple([s[0] for s in states]), *first
 
 
 class _ByTransform(torch.autograd.Function):
@@ -267,10 +280,12 @@ def differentiated(values: Any, gradients: Any, module: Any, x: Any, hx: Any, **
         rest = [tuple(found) for found in rest]  # the states and the extras
         return [t for t in tree_leaves((y.data if packed else y, rest)) if t is not None]
 
-    y, h, c, *rest = _ByTransform.apply(partial(values, function), partial(gradients, function), *leaves)
+    y, *rest = _ByTransform.apply(partial(values, function), partial(gradients, function), *leaves)
+    count = 1 if module.gru else 2
+    states, rest = rest[:count], rest[count:]
     names = [name for name in lstm_ext.LSTMExtras._fields if f"return_{name}" in more]
     extras = [lstm_ext.LSTMExtras(**dict(zip(names, rest, strict=True)))] if names else []
-    return x._replace(data=y) if packed else y, (h, c), *extras
+    return x._replace(data=y) if packed else y, tuple(states), *extras
 
 
 def of_samples(function: Any, data: Tensor, *shared: Tensor) -> list[Tensor]:
@@ -461,12 +476,13 @@ ROUTES: dict[str, Route] = {
             not (c.bidirectional or c.packed or draws(c)) and called_with(c) <= {"resets", "reset_state"}
         ),
     ),
-    "functional": Route(partial(by_function, functional.lstm), lambda c: c.layout != "unbatched"),
-    "reference": Route(partial(by_function, reference.lstm), lambda c: c.layout != "unbatched"),
+    "functional": Route(partial(by_function, functional.lstm), lambda c: c.layout != "unbatched", gru=False),
+    "reference": Route(partial(by_function, reference.lstm), lambda c: c.layout != "unbatched", gru=False),
     "cells": Route(
         by_cells,
         lambda c: is_plain(c) and not (c.bidirectional or c.packed or c.proj_size or draws(c)),
         ("grad", "no_grad", "twice"),
+        gru=False,
     ),
     # torch has no second derivatives of nested tensors.
     "nested tensor": Route(
@@ -500,9 +516,9 @@ ROUTES: dict[str, Route] = {
         share=2,
         others=False,
     ),
-    "frozen": Route(frozen, lambda c: not draws(c), NO_GRADIENTS),
-    "convert": Route(converted, is_plain),
-    "TorchScript": Route(scripted, lambda c: is_plain(c) and not c.packed, ("no_grad",)),
+    "frozen": Route(frozen, lambda c: not draws(c), NO_GRADIENTS, gru=False),
+    "convert": Route(converted, is_plain, gru=False),
+    "TorchScript": Route(scripted, lambda c: is_plain(c) and not c.packed, ("no_grad",), gru=False),
     "trace": Route(traced, lambda c: is_plain(c) and not (c.packed or draws(c)), NO_GRADIENTS),
     "ONNX Runtime": Route(
         by_onnx_runtime,
@@ -510,6 +526,7 @@ ROUTES: dict[str, Route] = {
         NO_GRADIENTS,
         tier="tools",
         dtype="float32",
+        gru=False,
     ),
     "C library": Route(
         by_the_c_library,
@@ -521,5 +538,6 @@ ROUTES: dict[str, Route] = {
         ),
         NO_GRADIENTS,
         tier="tools",
+        gru=False,
     ),
 }
