@@ -24,7 +24,7 @@ class _Sizes(NamedTuple):
     output_size: Any
     weights_per_direction: int
     projected: bool
-    rows: Any  # of the weights: 4H, or 3H
+    rows: Any  # 4H, or 3H of a GRU
 
 
 def _sizes(weights: Sequence[Any], has_bias: bool, bidirectional: bool) -> _Sizes:

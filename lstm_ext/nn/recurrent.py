@@ -1,4 +1,4 @@
-"""What the layers of this package share: options, parameters, the way of a call, steps and pickles."""
+"""The base of LSTM and GRU: options, parameters, the way of a call, steps and pickles."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def register(cls: type[nn.Module], to_layer: ToLayer) -> None:
 
 
 def stand_in(module: nn.Module) -> tuple[nn.Module | None, str]:
-    """What takes the place of a module, or why nothing does; neither for classes that are not registered."""
+    """The layer that takes the place of a module, or why none does; neither for classes that are not registered."""
     cls = type(module)
     to_layer = _registered.get(cls) or _KNOWN.get(f"{cls.__module__}.{cls.__qualname__}")
     if to_layer is None:

@@ -182,6 +182,8 @@ def test_blocks_say_what_they_are(page: Path) -> None:
 IN_DOCSTRINGS = {
     "FrozenLSTM": "",
     "FrozenTorchLSTM": "",
+    "GRU": "",
+    "GRUCell": "",
     "LSTM": "",
     "LSTMCell": "",
     "LSTMExtras": "",
