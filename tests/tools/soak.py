@@ -52,7 +52,7 @@ MODES = {
     "training": Mode(lambda case: True, trains=True),
     "streaming": Mode(lambda case: True, "steps"),
     "ragged": Mode(lambda case: case.packed or "lengths" in called_with(case), trains=True),
-    "frozen": Mode(is_plain, freezes=True),
+    "frozen": Mode(lambda case: is_plain(case) and case.cell == "LSTM", freezes=True),
     # Several at once, whose threads come and go: nothing whose bits depend on the order of the calls.
     "callers": Mode(lambda case: not draws(case)),
 }
