@@ -125,7 +125,6 @@ Options: Any = dataclasses.make_dataclass(
 class Case:
     """One layer, its arguments and how it is run; the numbers themselves come from ``seed``."""
 
-    cell: str = "LSTM"  # or "GRU", whose only state is h: CELLS_OF_TORCH
     layout: str = "batched"  # batched, unbatched, or a way of packing (PACKINGS)
     lengths: tuple[int, ...] = (3, 3)  # one entry a batch row; all the same unless packed
     steps: int = 3  # T, where there is no batch row to tell
@@ -149,6 +148,7 @@ class Case:
     grad_of: tuple[str, ...] = ("output", "h_n", "c_n")
     repeat_backward: bool = False
     threads: int = 1
+    cell: str = "LSTM"  # or "GRU", whose only state is h
     capability: str = ""  # "": the one in use
     seed: int = 0
     options: Any = None  # Options
