@@ -371,7 +371,8 @@ def exported(module: Any, x: Any, hx: Any, **more: Any) -> Any:
     state = torch.get_rng_state()
     program = torch.export.export(called, (x, hx, *more.values()), strict=False)
     torch.set_rng_state(state)
-    if not isinstance(x, PackedSequence):  # torch.export cannot save its type
+    # torch.export cannot save the type of packed data, and tensordict, once imported, makes its own of saved lists.
+    if not (isinstance(x, PackedSequence) or any([isinstance(v, list) for v in more.values()])):
         torch.export.save(program, file := io.BytesIO())
         file.seek(0)
         program = torch.export.load(file)
