@@ -85,21 +85,8 @@ class GRU(RecurrentLayer):
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         for name in options.keys() - OPTIONS.keys():
             raise unexpected_argument("GRU.__init__()", name, _SIGNATURE.parameters)
-        # Called by name: in a subclass of torch's layer too, the next class would be torch.nn.GRU.
-        nn.RNNBase.__init__(
-            self,
-            "GRU",
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            device=device,
-            dtype=dtype,
-        )
-        self._begin(options, device, dtype)
+        sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional)
+        self._construct(("GRU", *sizes), options, device, dtype)
 
     def forward(
         self,

@@ -95,22 +95,8 @@ class LSTM(RecurrentLayer, ScriptedLSTM):
     ) -> None:
         for name in options.keys() - OPTIONS.keys():
             raise unexpected_argument("LSTM.__init__()", name, _SIGNATURE.parameters)
-        # Called by name: in a subclass of torch's layer too, the next class would be torch.nn.LSTM.
-        nn.RNNBase.__init__(
-            self,
-            "LSTM",
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            proj_size,
-            device=device,
-            dtype=dtype,
-        )
-        self._begin(options, device, dtype)
+        sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
+        self._construct(("LSTM", *sizes), options, device, dtype)
 
     @overload
     def forward(

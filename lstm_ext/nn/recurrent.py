@@ -42,8 +42,10 @@ class RecurrentLayer(HasOptions, KnownToTools, nn.RNNBase):
     _frozen: Sequence[LayerOptions] = ()
     _native_options: list[Any] | None = None  # these in the extension's form
 
-    def _begin(self, options: Any, device: Any, dtype: Any) -> None:
-        """Ends the constructor: sets the options, and makes the parameters that they add."""
+    def _construct(self, arguments: Sequence[Any], options: Any, device: Any, dtype: Any) -> None:
+        """The constructor: ``arguments`` are those of ``torch.nn.RNNBase``; then the options, and their parameters."""
+        # Called by name: in a subclass of torch's layer too, the next class would be torch's layer.
+        nn.RNNBase.__init__(self, *arguments, device=device, dtype=dtype)
         if options:
             self._set_options(options)
         for name, size, _ in self._cell_parameters():
