@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +52,40 @@ def test_no_race(
     )
     assert (run.returncode, run.stderr) == (0, "")
     assert run.stdout == "".join([f"{threads} threads: same\n" for threads in range(1, 5)])
+
+
+# Of two threads that a stream needs, one comes.
+ALONE = """
+import ctypes, sys
+from pathlib import Path
+sys.path[:0] = sys.argv[2].split(":")
+from c_library import LibraryError, Model, Stream, call
+stream, x, y = Stream(Model(Path(sys.argv[1])), threads=2), (ctypes.c_float * 64)(), (ctypes.c_float * 64)()
+for _ in range(2):
+    try:
+        call("step_part", stream.pointer, x, y, ctypes.c_int64(0))
+    except LibraryError as error:
+        print(error)
+"""
+
+
+def test_a_wait_that_is_too_long_is_an_error(tmp_path: Path) -> None:
+    built()  # before the program has a limit
+    lstm_ext.freeze(lstm_ext.LSTM(64, 64)).save_native(tmp_path / "weights")
+    here = Path(__file__).parent
+    run = subprocess.run(
+        [sys.executable, "-c", ALONE, tmp_path / "weights", f"{here}:{here.parent}"],
+        env={**os.environ, "LSTM_EXT_CPU_WAIT_LIMIT": "0.2"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    first, second = run.stdout.splitlines()
+    assert (
+        "longer than LSTM_EXT_CPU_WAIT_LIMIT allows, at barrier 1 of its call, which 1 of 2 workers" in first
+    )
+    assert (
+        second
+        == "stream: a worker waited longer than LSTM_EXT_CPU_WAIT_LIMIT allows: expected another stream"
+    )
