@@ -126,7 +126,8 @@ class patch_keras(Replacement):
     - an ``activation`` other than tanh, sigmoid, hard_sigmoid, relu, leaky_relu, elu, softplus, softsign and linear;
     - a GRU with a mask, another activation or ``reset_after=False``; the others run on torch's own operator;
     - ``use_cudnn=True``; cells of other classes;
-    - few steps, 2 with small and 13 with 512 units, in which Keras' loop takes less time than transposing its kernels;
+    - fewer than 3 steps, or than 13 with 512 units, since transposing the kernels would take longer than Keras' loop;
+      of a GRU, more;
     - whatever an export traces, so that its result does not need this package;
     - on devices without kernels, a layer with a mask or with other activations.
 

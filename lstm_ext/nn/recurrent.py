@@ -45,7 +45,7 @@ class RecurrentLayer(HasOptions, KnownToTools, nn.RNNBase):
     def _construct(self, arguments: Sequence[Any], options: Any, device: Any, dtype: Any) -> None:
         """The constructor: ``arguments`` are those of ``torch.nn.RNNBase``; then the options, and their parameters."""
         # Called by name: in a subclass of torch's layer too, the next class would be torch's layer.
-        nn.RNNBase.__init__(self, *arguments, device=device, dtype=dtype)
+        nn.RNNBase.__init__(self, *arguments, device=device, dtype=dtype)  # type: ignore[misc]
         if options:
             self._set_options(options)
         for name, size, _ in self._cell_parameters():
