@@ -73,7 +73,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         "--pair", action="store_true", help=f"torch and our layer only, {PAIR_SECONDS:.0f} s for all cases"
     )
     parser.add_argument(
-        "--usual-malloc", action="store_true", help="torch and our layer only, malloc as it is: ten minutes"
+        "--usual-malloc", action="store_true", help="torch and our layer only, malloc as it is: a quarter of an hour"
     )
     parser.add_argument(
         "--list", action="store_true", help="show groups, cases and peers, and measure nothing"
@@ -141,8 +141,8 @@ def measure_case(case: Case, settings: Settings) -> Result:
 
 
 def measure_alone(case: Case, settings: Settings) -> Result:
-    """In a new process, since what was freed decides what malloc does: a fork of this one, which computes nothing."""
-    with multiprocessing.get_context("fork").Pool(1) as pool:
+    """In a new process, since what was freed decides what malloc does, and a fork may compute on one thread only."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(measure_case, (case, settings))
 
 
