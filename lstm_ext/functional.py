@@ -1,4 +1,4 @@
-"""The LSTM without a module: tensors in, tensors out."""
+"""LSTM and GRU without a module: tensors in, tensors out."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .call import run
 from .call.layout import LSTMExtras
 from .layer import route
 from .native import integrations
-from .options import FunctionalOptions, signature_of
+from .options import FunctionalOptions, GRUArguments, signature_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["lstm"]
+__all__ = ["gru", "lstm"]
 
 
 def __dir__() -> list[str]:
@@ -180,3 +180,63 @@ def lstm(
 
 
 lstm.__signature__ = signature_of(lstm, FunctionalOptions, "return_cell_states")  # type: ignore[attr-defined]
+
+
+def gru(
+    input: _Sequences,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    bias: bool = True,
+    num_layers: int = 1,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    batch_first: bool = False,
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+    resets: _Sequences | None = None,
+    reset_state: Tensor | None = None,
+    mask: Tensor | None = None,
+    **options: Unpack[GRUArguments],
+) -> tuple[_Sequences, Tensor]:
+    """Compute a stack of GRU layers on a batch of sequences, as :func:`lstm` does of LSTM layers.
+
+    Args:
+        input: as in :func:`lstm`.
+        hx: the initial state h0, (L * D, B, H), whatever ``batch_first`` says; None for zeros.
+        weights: a flat sequence in the order of ``torch.nn.GRU.parameters()``: for each layer, and in it for each
+            direction, ``w_ih (3H, I or D * H), w_hh (3H, H)``, then ``b_ih (3H), b_hh (3H)`` if ``bias``.
+        bias, num_layers, dropout, training, bidirectional, batch_first: as in :func:`lstm`.
+        lengths, resets, mask: as in :meth:`lstm_ext.LSTM.forward`.
+        reset_state: the state that a reset puts in place, in the shape of ``hx``; None for zeros.
+        options: those of :class:`lstm_ext.GRU`; masks are random only if ``training``.
+
+    Returns:
+        ``(output, h_n)``: output (T, B, D * H), or (B, T, D * H) with ``batch_first``; h_n (L * D, B, H). The dtype is
+        that of ``input``, or autocast's if autocast is on.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`lstm`; also a ValueError for an option that a GRU does not have.
+    """
+    integrations.install()
+    return run.lstm(
+        route.lstm_layer,
+        input,
+        hx,
+        weights,
+        bias,
+        num_layers,
+        dropout,
+        training,
+        bidirectional,
+        batch_first,
+        gru=True,
+        lengths=lengths,
+        resets=resets,
+        reset_state=reset_state,
+        mask=mask,
+        **options,
+    )
+
+
+gru.__signature__ = signature_of(gru, GRUArguments)  # type: ignore[attr-defined]

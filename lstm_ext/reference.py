@@ -1,4 +1,4 @@
-r"""The textbook equations of the LSTM in plain PyTorch: the oracle of the tests, and the fallback.
+r"""The textbook equations of LSTM and GRU in plain PyTorch: the oracle of the tests, and the fallback.
 
 With :math:`\sigma` the logistic function and :math:`\odot` the element-wise product, step t of one layer and
 direction computes
@@ -16,6 +16,15 @@ direction computes
 These are the equations of ``torch.nn.LSTM``: those of Gers, Schmidhuber and Cummins (2000) without peepholes, and for
 the projection those of Sak et al. (2014, https://arxiv.org/abs/1402.1128). The weights hold the four gates' rows one
 after the other: ``W_ih = (W_ii|W_if|W_ig|W_io)``. The reverse direction runs from the last step to the first.
+
+A GRU (Cho et al., 2014, https://arxiv.org/abs/1406.1078), with the reset gate after the product, as in torch and cuDNN:
+
+.. code-block:: text
+
+    r_t = sigmoid(W_ir x_t + b_ir + W_hr h_{t-1} + b_hr)        reset gate
+    z_t = sigmoid(W_iz x_t + b_iz + W_hz h_{t-1} + b_hz)        update gate
+    n_t =    tanh(W_in x_t + b_in + r_t * (W_hn h_{t-1} + b_hn))
+    h_t = (1 - z_t) * n_t + z_t * h_{t-1}
 
 The options of a layer, which torch does not have, in the order in which step t applies them:
 
@@ -77,7 +86,7 @@ from .call import run
 from .layer import equations
 from .layer.layer_call import PLAIN, LayerCall, LayerOptions
 
-__all__ = ["lstm", "lstm_layer"]
+__all__ = ["gru", "lstm", "lstm_layer"]
 
 
 def __dir__() -> list[str]:
@@ -125,9 +134,18 @@ def lstm_layer(
 
 def lstm(*args: Any, **kwargs: Any) -> Any:
     """:func:`lstm_ext.functional.lstm` on the equations above: the same arguments, results and errors."""
-    arguments = _SIGNATURE.bind(*args, **kwargs)
+    return _computed(_SIGNATURE.bind(*args, **kwargs), False)
+
+
+def gru(*args: Any, **kwargs: Any) -> Any:
+    """:func:`lstm_ext.functional.gru` on the equations above: the same arguments, results and errors."""
+    return _computed(_GRU_SIGNATURE.bind(*args, **kwargs), True)
+
+
+def _computed(arguments: inspect.BoundArguments, gru: bool) -> Any:
     arguments.apply_defaults()
-    return run.lstm(equations.lstm_layer, **arguments.arguments)
+    return run.lstm(equations.lstm_layer, **arguments.arguments, gru=gru)
 
 
 _SIGNATURE = lstm.__signature__ = inspect.signature(functional.lstm)  # type: ignore[attr-defined]
+_GRU_SIGNATURE = gru.__signature__ = inspect.signature(functional.gru)  # type: ignore[attr-defined]

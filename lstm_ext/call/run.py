@@ -1,6 +1,6 @@
 """One call of a stack of layers: checks options, converts data to the layers' layout, and the results back.
 
-`run` serves `lstm_ext.LSTM`, its step, and the functions without a module, in every layout.
+`run` serves `lstm_ext.LSTM` and `lstm_ext.GRU`, their steps, and the functions without a module, in every layout.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from ..layer import route
 from ..layer.layer_call import LayerFunction
 from ..layer.shapes import weight_counts
 from ..layer.tracing import any_autocast, is_zero
-from ..native import loader
 from ..options import OPTIONS, CellParameters, checked, requested, unexpected_argument
 from . import cuda_choice
 from .arguments import CallOptions, Requested, Stack, any_requested, request
@@ -25,6 +24,7 @@ from .autocast import autocast_dtype
 from .layout import BATCH_FIRST, EMPTY_SEQUENCE, TIME_FIRST, JaggedLayout, Layout, LSTMExtras, PackedLayout
 from .stack import run_stack
 from .torch_operator import PlainStack
+from .torch_operator import gru as gru_by_torch
 from .torch_operator import lstm as lstm_by_torch
 from .values import check_like_input, described_pair, is_pair
 
@@ -95,17 +95,11 @@ def _layers(
         results = lstm_by_torch(stack, weights, x, h0, c0, batch_sizes, autocast, preferred)
         if results is not None:
             return (*results, None if options is None else LSTMExtras(None, None))
-    if (
-        layer is route.lstm_layer
-        and options is not None
-        and stack.gru
-        and options.only_gru
-        and not stack._frozen
-        and not route.has_gru(x.device)
-        and not loader.wants_equations()
-    ):
-        output, h_n = route.torch_gru(x, h0, weights, batch_sizes, stack)
-        return output, h_n, h_n, LSTMExtras(None, None)
+    if stack.gru and layer is route.lstm_layer and options is not None and options.only_gru:
+        of_gru = gru_by_torch(stack, weights, x, h0, batch_sizes)
+        if of_gru is not None:
+            output, h_n = of_gru
+            return output, h_n, h_n, LSTMExtras(None, None)
     return run_stack(stack, layer, weights, x, h0, c0, batch_sizes, options, autocast)
 
 
@@ -120,7 +114,7 @@ def zero_states(x: Tensor, shapes: Sequence[tuple[int, ...]]) -> tuple[Tensor, .
 def lstm(
     layer: LayerFunction,
     input: Tensor | PackedSequence,
-    hx: tuple[Tensor, Tensor] | None,
+    hx: Any,
     weights: Sequence[Tensor],
     bias: bool,
     num_layers: int,
@@ -128,18 +122,18 @@ def lstm(
     training: bool,
     bidirectional: bool,
     batch_first: bool,
+    gru: bool = False,
     **keywords: Any,
 ) -> Any:
-    """``functional.lstm`` for a given layer function."""
-    call_options = CallOptions(
-        *[keywords.pop(name, default) for name, default in CallOptions._field_defaults.items()]
-    )
-    given, cell_weights = _options_of(keywords, bias)
+    """``functional.lstm``, or ``functional.gru``, for a given layer function."""
+    defaults = {n: d for n, d in CallOptions._field_defaults.items() if not (gru and n.startswith("return_"))}
+    call_options = CallOptions(**{name: keywords.pop(name, default) for name, default in defaults.items()})
+    given, cell_weights = _options_of(keywords, bias, gru)
     # A compiler may take an int for a number that changes. This makes it one number.
     num_layers = operator.index(num_layers)
     data: Tensor
     if isinstance(input, PackedSequence):
-        layout: Layout = PackedLayout(input, hx)
+        layout: Layout = PackedLayout(input, (hx,) if gru else hx)
         data = input.data
     elif isinstance(input, Tensor) and input.is_nested:
         layout = JaggedLayout(input)
@@ -159,28 +153,29 @@ def lstm(
     packed = layout.batch_sizes is not None
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout: expected a number in range [0, 1], got {dropout}")
-    layers, hidden_size, state_size = _split_weights(weights, data, bias, num_layers, bidirectional)
+    layers, hidden_size, state_size = _split_weights(weights, data, bias, num_layers, bidirectional, gru)
     sets = len(layers) * (2 if bidirectional else 1)
-    shapes = (sets, batch, state_size), (sets, batch, hidden_size)
+    shapes = ((sets, batch, state_size), (sets, batch, hidden_size))[: 1 if gru else 2]
     h0, c0 = _check_hx(hx, data, shapes)
     if packed and h0 is None and torch.compiler.is_compiling():
-        h0, c0 = zero_states(x, shapes)
+        h0, c0 = (*zero_states(x, shapes), None)[:2]
     if not packed and is_zero(x.size(0)):
         raise RuntimeError(EMPTY_SEQUENCE)
-    stack = PlainStack(bias, num_layers, dropout, training, bidirectional)
+    stack = PlainStack(bias, num_layers, dropout, training, bidirectional, gru)
     asked = call_options if call_options.given() else None
     parameters = {
         added.field: _split_parameters(added, tensors, data, bias, num_layers, bidirectional, hidden_size)
         for added, tensors in cell_weights
     }
     options = None
-    if any_requested(given, asked):
+    if gru or any_requested(given, asked):
         options = request(stack, given, parameters, x, layout, shapes, asked)
-    return run(stack, layer, layers, x, h0, c0, layout, options)
+    results = run(stack, layer, layers, x, h0, c0, layout, options)
+    return (results[0], results[1][0]) if gru else results
 
 
 def _options_of(
-    keywords: dict[str, Any], bias: bool
+    keywords: dict[str, Any], bias: bool, gru: bool
 ) -> tuple[dict[str, Any] | None, list[tuple[CellParameters, Sequence[Tensor]]]]:
     """The options that these keywords request, checked, and the parameters among them, which are not."""
     given: dict[str, Any] = {}
@@ -195,8 +190,8 @@ def _options_of(
             given[name] = keywords.pop(name)
     for name in keywords:
         known = [o.parameters.keyword if o.parameters else n for n, o in OPTIONS.items() if o.call]
-        raise unexpected_argument("lstm()", name, [*known, *CallOptions._fields])
-    return requested(checked(given, {}, bias)) if given else None, cell_weights
+        raise unexpected_argument("gru()" if gru else "lstm()", name, [*known, *CallOptions._fields])
+    return requested(checked(given, {}, bias, gru)) if given else None, cell_weights
 
 
 _LAYOUT = {False: "(time, batch, features)", True: "(batch, time, features)"}
@@ -207,21 +202,23 @@ def _shape(x: Tensor) -> str:
 
 
 def _split_weights(
-    weights: Sequence[Tensor], input: Tensor, bias: bool, num_layers: int, bidirectional: bool
+    weights: Sequence[Tensor], input: Tensor, bias: bool, num_layers: int, bidirectional: bool, gru: bool
 ) -> tuple[list[Sequence[Tensor]], int, int]:
     """Check the flat sequence of weights and cut it into layers; also give H and the size of h (P or H)."""
+    gates, module = (3, "GRU") if gru else (4, "LSTM")
     if num_layers < 1:
         raise ValueError(f"num_layers: expected at least 1, got {num_layers}")
     if isinstance(weights, Tensor) or not all(isinstance(w, Tensor) for w in weights):
         raise TypeError(
-            "weights: expected a flat sequence of Tensors in the order of torch.nn.LSTM.parameters()"
+            f"weights: expected a flat sequence of Tensors in the order of torch.nn.{module}.parameters()"
         )
     directions = 2 if bidirectional else 1
     sets = num_layers * directions
     plain_count, projected_count = weight_counts(sets, bias)
-    if len(weights) not in (plain_count, projected_count):
+    if len(weights) != plain_count and (gru or len(weights) != projected_count):
+        or_projected = "" if gru else f" ({projected_count} with a projection)"
         raise ValueError(
-            f"weights: expected {plain_count} tensors ({projected_count} with a projection) "
+            f"weights: expected {plain_count} tensors{or_projected} "
             f"for num_layers={num_layers}, bias={bias}, bidirectional={bidirectional}, got {len(weights)}"
         )
     per_set, projected = len(weights) // sets, len(weights) == projected_count
@@ -229,13 +226,15 @@ def _split_weights(
     names += ["weight_hr"] if projected else []
 
     w_hh = weights[1]
-    if w_hh.dim() != 2 or w_hh.size(0) % 4:
-        raise ValueError(f"weights[1] (weight_hh_l0): expected shape (4 * hidden, state), got {_shape(w_hh)}")
-    hidden, state = w_hh.size(0) // 4, w_hh.size(1)
+    if w_hh.dim() != 2 or w_hh.size(0) % gates:
+        raise ValueError(
+            f"weights[1] (weight_hh_l0): expected shape ({gates} * hidden, state), got {_shape(w_hh)}"
+        )
+    hidden, state = w_hh.size(0) // gates, w_hh.size(1)
     if not projected and hidden != state:
         raise ValueError(
-            f"weights[1] (weight_hh_l0): expected shape {(4 * hidden, hidden)} without weight_hr, "
-            f"got {_shape(w_hh)}"
+            f"weights[1] (weight_hh_l0): expected shape {(gates * hidden, hidden)}"
+            f"{'' if gru else ' without weight_hr'}, got {_shape(w_hh)}"
         )
     if projected and state >= hidden:
         raise ValueError(
@@ -247,10 +246,10 @@ def _split_weights(
         name = f"{names[kind]}_l{k}{'_reverse' if reverse else ''}"
         features = input.size(-1) if k == 0 else directions * state
         expected: tuple[int, ...] = {
-            "weight_ih": (4 * hidden, features),
-            "weight_hh": (4 * hidden, state),
+            "weight_ih": (gates * hidden, features),
+            "weight_hh": (gates * hidden, state),
             "weight_hr": (state, hidden),
-        }.get(names[kind], (4 * hidden,))
+        }.get(names[kind], (gates * hidden,))
         check_like_input(f"weights[{i}] ({name})", weight, expected, input)
     n = per_set * directions
     return [weights[k * n : (k + 1) * n] for k in range(num_layers)], hidden, state
@@ -287,6 +286,11 @@ def _check_hx(
 ) -> tuple[Tensor | None, Tensor | None]:
     if hx is None:
         return None, None
+    if len(shapes) == 1:
+        if not isinstance(hx, Tensor):
+            raise TypeError(f"hx: expected None or a Tensor, got {described_pair(hx)}")
+        check_like_input("hx", hx, shapes[0], input)
+        return hx, None
     if not is_pair(hx):
         raise TypeError(f"hx: expected None or a tuple of two Tensors (h0, c0), got {described_pair(hx)}")
     check_like_input("hx[0] (h0)", hx[0], shapes[0], input)

@@ -1,4 +1,4 @@
-"""torch's own operator for a whole stack of plain layers, used if we have no kernels or it is faster.
+"""torch's own operators for a whole stack of plain layers, used if we have no kernels or they are faster.
 
 One call computes all layers and directions, as in ``torch.nn.LSTM``: cuDNN, MIOpen, MPS and oneDNN do that faster than
 layer by layer. Eager calls go to ``torch.lstm``, so that the results have the bits of torch's layer. Compilers,
@@ -38,8 +38,8 @@ class PlainStack(NamedTuple):
     dropout: float
     training: bool
     bidirectional: bool
+    gru: bool = False
     _frozen = ()
-    gru = False
 
     def compute(self, batch_sizes: Tensor | None, tensors: Sequence[Tensor]) -> _Tensors:
         """By torch's operator: output, h_n and c_n."""
@@ -84,11 +84,7 @@ def lstm(
     flat = [w for layer in weights for w in layer]
     h0, c0 = route.given_states(x, h0, c0, flat, batch_sizes, len(weights), stack.bidirectional)
     tensors = [x, h0, c0, *flat]
-    needs_grad = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
-    dropout = stack.dropout if stack.training and len(weights) > 1 else 0.0
-    # cuDNN has gradients in training mode only. Without dropout the mode changes nothing else.
-    training = stack.training or (needs_grad and not x.is_cpu)
-    plain = PlainStack(stack.bias, len(weights), dropout, training, stack.bidirectional)
+    plain, needs_grad = _plain(stack, len(weights), tensors)
     if way == "operator":
         results = torch.ops.lstm_ext.torchs_lstm(
             x, h0, c0, flat, batch_sizes, *plain[:5], autocast, needs_grad
@@ -96,9 +92,39 @@ def lstm(
         return results[:3]
     results = plain.compute(batch_sizes, tensors)
     # On the CPU torch's operator has second derivatives. On other devices the equations cannot draw dropout's masks.
-    if not needs_grad or dropout or x.is_cpu or is_jit_tracing():
+    if not needs_grad or plain.dropout or x.is_cpu or is_jit_tracing():
         return results
     return _TwiceDifferentiable.apply(plain, batch_sizes, autocast, *results, *tensors)
+
+
+def gru(
+    stack: Stack,
+    weights: Sequence[Sequence[Tensor]],
+    x: Tensor,
+    h0: Tensor | None,
+    batch_sizes: Tensor | None,
+) -> tuple[Tensor, Tensor] | None:
+    """Output and h_n of a stack of plain GRU layers; None if it runs on our kernels or the equations instead.
+
+    cuDNN has no second derivatives of it.
+    """
+    if stack._frozen or route.has_gru(x.device) or route.torch_route(x, h0, None, weights, True) is None:
+        return None
+    flat = [w for layer in weights for w in layer]
+    h0, _ = route.given_states(x, h0, h0, flat, batch_sizes, len(weights), stack.bidirectional)
+    settings = _plain(stack, len(weights), [x, h0, *flat])[0][:5]
+    if batch_sizes is None:
+        return torch.gru(x, h0, flat, *settings, False)
+    return torch.gru(x, batch_sizes, h0, flat, *settings)
+
+
+def _plain(stack: Stack, num_layers: int, tensors: Sequence[Tensor]) -> tuple[PlainStack, bool]:
+    """The settings of torch's operator, and whether gradients are requested."""
+    needs_grad = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
+    dropout = stack.dropout if stack.training and num_layers > 1 else 0.0
+    # cuDNN has gradients in training mode only. Without dropout the mode changes nothing else.
+    training = stack.training or (needs_grad and not tensors[0].is_cpu)
+    return PlainStack(stack.bias, num_layers, dropout, training, stack.bidirectional), needs_grad
 
 
 class _TwiceDifferentiable(torch.autograd.Function):

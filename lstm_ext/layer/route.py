@@ -465,21 +465,6 @@ def torch_lstm(
     return torch.lstm(x, batch_sizes, (h0, c0), list(weights), *settings)
 
 
-def torch_gru(
-    x: Tensor, h0: Tensor | None, weights: Sequence[Sequence[Tensor]], batch_sizes: Tensor | None, stack: Any
-) -> tuple[Tensor, Tensor]:
-    """Output and h_n of a stack of GRU layers, by ``torch.gru``; None for zeros."""
-    sets = stack.num_layers * (2 if stack.bidirectional else 1)
-    if h0 is None:
-        batch = x.size(1) if batch_sizes is None else batch_sizes.tolist()[0]
-        h0 = x.new_zeros(sets, batch, weights[0][1].size(1))
-    flat = [w for layer in weights for w in layer]
-    settings = (stack.bias, stack.num_layers, stack.dropout, stack.training, stack.bidirectional)
-    if batch_sizes is None:
-        return torch.gru(x, h0, flat, *settings, False)
-    return torch.gru(x, batch_sizes, h0, flat, *settings)
-
-
 def given_states(
     x: Tensor,
     h0: Tensor | None,
