@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from ..layer.layer_call import LayerCall, LayerOptions
 from ..layer.tracing import any_autocast, is_jit_tracing, leaf_of_graph
 from ..options import OPTIONS, GRUArguments, described, signature_of, unexpected_argument
 from .recurrent import RecurrentLayer
+from .scripted import IgnoredAttributes, ScriptedGRU, prepare_to_compile, refuse_scripting
 from .tools import KnownToTools, typed_like
 
 if TYPE_CHECKING:
@@ -27,14 +29,7 @@ _torch_forward, _torch_cell_forward = nn.GRU.forward, nn.GRUCell.forward
 _Sequences = TypeVar("_Sequences", Tensor, PackedSequence)
 
 
-def _refuse_scripting(layer: nn.Module) -> NoReturn:
-    raise RuntimeError(
-        f"lstm_ext.{type(layer).__name__}: torch.jit.script does not compile it: use torch.export or torch.jit.trace, "
-        "or give its state dict to torch's layer"
-    )
-
-
-class GRU(RecurrentLayer):
+class GRU(RecurrentLayer, ScriptedGRU):
     """A stack of GRU layers, with the interface, parameters and initial weights of :class:`torch.nn.GRU`.
 
     T steps, B sequences, L layers, D = 2 if bidirectional else 1, H hidden units. Example::
@@ -146,7 +141,9 @@ class GRU(RecurrentLayer):
         return _TORCH
 
     def __prepare_scriptable__(self) -> GRU:
-        _refuse_scripting(self)
+        refuse_scripting(self, GRU, list(self._given))
+        prepare_to_compile(self)
+        return self
 
 
 GRU.__doc__ = described(GRU.__doc__, gru=True)
@@ -190,6 +187,26 @@ class GRUCell(KnownToTools, nn.RNNCellBase):
         Raises:
             TypeError, ValueError, RuntimeError: as ``torch.nn.GRUCell``, with its texts.
         """
+        # torch.jit.script compiles this branch only.
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._scripted_forward(input, hx)
+        else:
+            return self._forward(input, hx)
+
+    # Under another name, because torch.jit.script compiles both as methods.
+    _scripted_forward = FunctionType(
+        _torch_cell_forward.__code__,
+        _torch_cell_forward.__globals__,
+        "_scripted_forward",
+        _torch_cell_forward.__defaults__,
+    )
+
+    if TYPE_CHECKING:
+
+        @typed_like(forward)
+        def __call__(self) -> None: ...
+
+    def _forward(self, input: Tensor, hx: Tensor | None) -> Tensor:
         if is_jit_tracing():
             return _torch_cell_forward(self, input, hx)  # type: ignore[arg-type]
         if isinstance(input, torch.fx.Proxy):
@@ -224,11 +241,6 @@ class GRUCell(KnownToTools, nn.RNNCellBase):
         h_n = h_n[0] if batched else h_n[0, 0]
         return h_n if dtype is None else h_n.to(dtype)
 
-    if TYPE_CHECKING:
-
-        @typed_like(forward)
-        def __call__(self) -> None: ...
-
     def _fits(self, x: Tensor, hx: Tensor | None, weights: Sequence[Any]) -> bool:
         """Whether the sizes and dtypes fit. torch's own cell raises the errors for those that do not."""
         hidden = weights[1].size(-1)
@@ -250,5 +262,8 @@ class GRUCell(KnownToTools, nn.RNNCellBase):
     def _stands_in_for(self) -> type[nn.Module]:
         return _TORCH_CELL
 
+    __jit_ignored_attributes__ = IgnoredAttributes()
+
     def __prepare_scriptable__(self) -> GRUCell:
-        _refuse_scripting(self)
+        refuse_scripting(self, GRUCell, [])
+        return self

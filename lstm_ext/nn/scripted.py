@@ -51,19 +51,80 @@ class IgnoredAttributes:
         return self._names
 
 
-class ScriptedLSTM(nn.RNNBase):
-    """The compiled forms of ``forward``, for a tensor and for a ``PackedSequence``; errors are those of ``nn.LSTM``."""
+class Scripted(nn.RNNBase):
+    """A layer that has compiled forms of ``forward``, for a tensor and for a ``PackedSequence``."""
 
     __jit_ignored_attributes__ = IgnoredAttributes("_layer_names", "_given", "_requested")
     # torch.jit.script compiles all others.
     __jit_unused_properties__ = [*nn.RNNBase.__jit_unused_properties__, *OPTIONS]  # noqa: RUF012
 
+    if TYPE_CHECKING:  # torch.jit reads annotations
+        _flat_weights: Any
+        permute_hidden: Any
+
+
+class ScriptedGRU(Scripted):
+    """Errors are those of ``nn.GRU``."""
+
+    @_ToCompile
+    def forward__0(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        rank = input.dim()
+        if rank < 2 or rank > 3:
+            raise ValueError(f"GRU: Expected input to be 2D or 3D, got {rank}D instead")
+        axis = 0 if self.batch_first else 1
+        x = input if rank == 3 else input.unsqueeze(axis)
+        h = self._scripted_zeros(x, x.size(axis)) if hx is None else self._scripted_batch(hx, rank)
+        self.check_forward_args(x, h, None)
+        y, h_n = torch.gru(
+            x,
+            h,
+            self._flat_weights,
+            self.bias,
+            self.num_layers,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+            self.batch_first,
+        )
+        return (y, h_n) if rank == 3 else (y.squeeze(axis), h_n.squeeze(1))
+
+    @_ToCompile
+    def forward__1(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]:
+        rows, sizes, order, back = input
+        h = self._scripted_zeros(rows, int(sizes[0])) if hx is None else self.permute_hidden(hx, order)
+        y, h_n = torch.gru(
+            rows,
+            sizes,
+            h,
+            self._flat_weights,
+            self.bias,
+            self.num_layers,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+        )
+        return PackedSequence(y, sizes, order, back), self.permute_hidden(h_n, back)
+
+    def _scripted_batch(self, h: Tensor, rank: int) -> Tensor:
+        if h.dim() != rank:
+            kind = "batched" if rank == 3 else "unbatched"
+            raise RuntimeError(
+                f"For {kind} {rank}-D input, hx should also be {rank}-D but got {h.dim()}-D tensor"
+            )
+        return h if rank == 3 else h.unsqueeze(1)
+
+    def _scripted_zeros(self, x: Tensor, batch: int) -> Tensor:
+        sets = self.num_layers * (2 if self.bidirectional else 1)
+        return torch.zeros(sets, batch, self.hidden_size, dtype=x.dtype, device=x.device)
+
+
+class ScriptedLSTM(Scripted):
+    """Errors are those of ``nn.LSTM``."""
+
     # The methods of nn.LSTM that the compiled code calls, and that subclasses may call.
     if TYPE_CHECKING:  # torch.jit reads annotations
         get_expected_cell_size: Any
         check_forward_args: Any
-        permute_hidden: Any
-        _flat_weights: Any
     else:
         get_expected_cell_size = nn.LSTM.get_expected_cell_size
         check_forward_args = nn.LSTM.check_forward_args
@@ -133,7 +194,7 @@ class ScriptedLSTM(nn.RNNBase):
         return h, c
 
 
-def prepare_to_compile(layer: ScriptedLSTM) -> None:
+def prepare_to_compile(layer: Scripted) -> None:
     """Name the methods that ``torch.jit.script`` compiles. It sets this attribute in torch's layers too."""
     layer.__dict__["__overloads__"] = {"forward": ["forward__0", "forward__1"]}
     layer._init_flat_weights()
