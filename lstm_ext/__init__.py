@@ -29,23 +29,27 @@ from .nn.from_frameworks import (
 )
 from .nn.from_gates import from_gates
 from .nn.from_onnx import from_onnx
-from .nn.frozen import FrozenLSTM, FrozenTorchLSTM, freeze, unfreeze
+from .nn.frozen import FrozenGRU, FrozenLSTM, FrozenTorchGRU, FrozenTorchLSTM, freeze, unfreeze
 from .nn.gru import GRU, GRUCell
 from .nn.keras import patch_keras
 from .nn.lstm import LSTM
 from .nn.registered import register
-from .nn.torch_lstm import TorchLSTM, TorchLSTMCell, patch
+from .nn.torch_layers import TorchGRU, TorchGRUCell, TorchLSTM, TorchLSTMCell, patch
 
 loader.load_built()
 
 __all__ = [
     "GRU",
     "LSTM",
+    "FrozenGRU",
     "FrozenLSTM",
+    "FrozenTorchGRU",
     "FrozenTorchLSTM",
     "GRUCell",
     "LSTMCell",
     "LSTMExtras",
+    "TorchGRU",
+    "TorchGRUCell",
     "TorchLSTM",
     "TorchLSTMCell",
     "__version__",

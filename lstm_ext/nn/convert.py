@@ -13,11 +13,16 @@ from torch.nn.utils import parametrize
 from ..native import integrations
 from ..options import OPTIONS
 from .cell import LSTMCell
+from .gru import GRU, GRUCell
 from .lstm import LSTM
+from .recurrent import RecurrentLayer
 from .registered import looks_like_lstm, stand_in
-from .torch_lstm import (
-    PatchedLSTM,
-    PatchedLSTMCell,
+from .torch_layers import (
+    LAYERS,
+    OURS,
+    PATCHED,
+    TorchGRU,
+    TorchGRUCell,
     TorchLSTM,
     TorchLSTMCell,
     reaches_our_forward,
@@ -25,31 +30,21 @@ from .torch_lstm import (
 )
 from .unreached import (
     HIDDEN,
-    foreign_lstm,
-    hidden_lstms,
-    is_or_was_lstm,
+    foreign_layer,
+    hidden_layers,
+    is_or_was_layer,
     kind_of,
     modules_of,
     nothing_found,
     place_of,
 )
 
-_OURS: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: LSTM, nn.LSTMCell: LSTMCell}
-_REVERTED = {ours: theirs for theirs, ours in _OURS.items()}
-# Our classes that are instances of torch's to isinstance.
-_SUBCLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: TorchLSTM, nn.LSTMCell: TorchLSTMCell}
-_SAME: dict[type[nn.Module], type[nn.Module]] = {
-    TorchLSTM: LSTM,
-    PatchedLSTM: LSTM,
-    TorchLSTMCell: LSTMCell,
-    PatchedLSTMCell: LSTMCell,
-}
-_NAMES = {
-    nn.LSTM: "torch.nn.LSTM",
-    nn.LSTMCell: "torch.nn.LSTMCell",
-    LSTM: "lstm_ext.LSTM",
-    LSTMCell: "lstm_ext.LSTMCell",
-}
+_TO_OURS = {theirs: ours for theirs, (ours, _) in LAYERS.items()}
+_TO_SUBCLASSES = {theirs: ours for theirs, (_, ours) in LAYERS.items()}
+_TO_TORCH = {ours: theirs for theirs, ours in _TO_OURS.items()}
+# Our class of each subclass that this package has of it.
+_SAME = {cls: _TO_OURS[theirs] for theirs, (_, cls) in LAYERS.items()}
+_SAME |= {PATCHED[theirs.__name__]: ours for theirs, ours in _TO_OURS.items()}
 
 # Methods that torch's forward calls and ours does not call.
 _NOT_CALLED = (
@@ -85,12 +80,32 @@ def convert(
 ) -> TorchLSTMCell: ...
 @overload
 def convert(
+    model: nn.GRU, *, skip: Iterable[str] = (), as_subclass: Literal[True] = True, subclasses: bool = False
+) -> TorchGRU: ...
+@overload
+def convert(
+    model: nn.GRUCell,
+    *,
+    skip: Iterable[str] = (),
+    as_subclass: Literal[True] = True,
+    subclasses: bool = False,
+) -> TorchGRUCell: ...
+@overload
+def convert(
     model: nn.LSTM, *, skip: Iterable[str] = (), as_subclass: Literal[False], subclasses: bool = False
 ) -> LSTM: ...
 @overload
 def convert(
     model: nn.LSTMCell, *, skip: Iterable[str] = (), as_subclass: Literal[False], subclasses: bool = False
 ) -> LSTMCell: ...
+@overload
+def convert(
+    model: nn.GRU, *, skip: Iterable[str] = (), as_subclass: Literal[False], subclasses: bool = False
+) -> GRU: ...
+@overload
+def convert(
+    model: nn.GRUCell, *, skip: Iterable[str] = (), as_subclass: Literal[False], subclasses: bool = False
+) -> GRUCell: ...
 @overload
 def convert(
     model: _Model,
@@ -106,32 +121,32 @@ def convert(
     as_subclass: bool = True,
     subclasses: bool = False,
 ) -> nn.Module:
-    """Turn every :class:`torch.nn.LSTM` and ``LSTMCell`` in ``model`` into an LSTM or cell of this package, in place.
+    """Turn every LSTM, GRU and cell of ``torch.nn`` in ``model`` into one of this package, in place.
 
-    The layers become :class:`lstm_ext.TorchLSTM` and ``TorchLSTMCell``, for which ``isinstance(layer, torch.nn.LSTM)``
-    holds. The modules stay the same objects; only their class changes (as in ``torch.nn.utils.parametrize``). So every
-    reference to them stays valid. Everything that belongs to them is kept: the parameters, and an optimizer that
-    holds them; the training flag, ``requires_grad``, device and dtype; hooks of every kind and their handles;
-    attributes and buffers; names in the state_dict; modules used at several places; ``weight_norm``, pruning and
-    parametrizations; ``torch.compile``, which compiles again at the next call. A layer that was converted before only
-    changes to the kind that is asked for.
+    The layers become :class:`lstm_ext.TorchLSTM`, ``TorchLSTMCell``, ``TorchGRU`` and ``TorchGRUCell``, which are
+    instances of torch's classes to ``isinstance``. The modules stay the same objects; only their class changes (as in
+    ``torch.nn.utils.parametrize``). So every reference to them stays valid. Everything that belongs to them is kept:
+    the parameters, and an optimizer that holds them; the training flag, ``requires_grad``, device and dtype; hooks of
+    every kind and their handles; attributes and buffers; names in the state_dict; modules used at several places;
+    ``weight_norm``, pruning and parametrizations; ``torch.compile``, which compiles again at the next call. A layer
+    that was converted before only changes to the kind that is asked for.
 
     A module of a class that :func:`lstm_ext.register` was told about, or of one of those that this package knows, is no
-    LSTM to torch: another module takes its place, and where it is ``model`` itself, that one is returned.
+    layer to torch: another module takes its place, and where it is ``model`` itself, that one is returned.
 
-    A model in which no LSTM is found stays unchanged. A UserWarning says then which classes of modules it has and where
-    LSTMs hide. It names what comes near: LSTMs in plain lists, dicts and attributes, other recurrent layers, classes
-    that are called LSTM, and skipped subclasses that have code of their own.
+    A model in which no such layer is found stays unchanged. A UserWarning says then which classes of modules it has and
+    where layers hide. It names what comes near: layers in plain lists, dicts and attributes, other recurrent layers,
+    classes that are called LSTM, and skipped subclasses that have code of their own.
 
     Args:
-        model: any module; it may itself be an LSTM, and it may be compiled.
+        model: any module; it may itself be a layer, and it may be compiled.
         skip: names of submodules, as ``model.named_modules()`` returns them; these stay unchanged, with everything
             that they contain.
-        as_subclass: whether the layers become subclasses of torch's. False makes them :class:`lstm_ext.LSTM` and
-            ``LSTMCell``, which are no ``torch.nn.LSTM`` to ``isinstance``: initialisers and wrap policies for that
-            class pass them over. ``torch.compile(fullgraph=True)`` takes these whatever a new torch changes in its
+        as_subclass: whether the layers become subclasses of torch's. False makes them :class:`lstm_ext.LSTM` and so
+            on, which are no ``torch.nn.LSTM`` to ``isinstance``: initialisers and wrap policies for that class pass
+            them over. ``torch.compile(fullgraph=True)`` takes these whatever a new torch changes in its
             compiler; the others it takes in all versions of torch that this package is made for.
-        subclasses: whether subclasses of ``torch.nn.LSTM`` and ``LSTMCell`` that have code of their own are converted
+        subclasses: whether subclasses of torch's classes that have code of their own are converted
             too. That code is kept, and its ``super().forward(...)`` calls this package's ``forward``. Subclasses that
             override nothing are always converted. Both kinds stay instances of their class and of torch's.
 
@@ -139,9 +154,9 @@ def convert(
         ``model``; or the layer in its place, if it is itself a module of a registered class.
 
     Raises:
-        TypeError: ``model`` is not a module; or it has LSTMs that cannot be converted. The text gives the
-            name, class and reason of each. The reasons are: a subclass of ``torch.nn.LSTM`` or ``LSTMCell`` with code
-            of its own, without ``subclasses=True``; a subclass that overrides a method which this package's ``forward``
+        TypeError: ``model`` is not a module; or it has layers that cannot be converted. The text gives the
+            name, class and reason of each. The reasons are: a subclass of one of torch's classes with code of its own,
+            without ``subclasses=True``; a subclass that overrides a method which this package's ``forward``
             does not call (``check_input``, ``permute_hidden`` and others); a ``forward`` (or a method that it calls)
             replaced on the instance; a layer compiled by TorchScript; a quantized layer; one that ``fully_shard`` has
             sharded. Nothing has been changed then. Change these modules first, or ``skip`` them.
@@ -149,7 +164,7 @@ def convert(
     """
     integrations.install()
     skip = skip if isinstance(skip, str) else list(skip)
-    pairs = _SUBCLASSES if as_subclass else _OURS
+    pairs = _TO_SUBCLASSES if as_subclass else _TO_OURS
     found, passed_over = _change_classes(model, pairs, "convert", skip, subclasses)
     new = {
         module: layer
@@ -176,20 +191,24 @@ def revert(model: LSTM, *, skip: Iterable[str] = ()) -> nn.LSTM: ...  # type: ig
 @overload
 def revert(model: LSTMCell, *, skip: Iterable[str] = ()) -> nn.LSTMCell: ...  # type: ignore[overload-overlap]
 @overload
+def revert(model: GRU, *, skip: Iterable[str] = ()) -> nn.GRU: ...  # type: ignore[overload-overlap]
+@overload
+def revert(model: GRUCell, *, skip: Iterable[str] = ()) -> nn.GRUCell: ...  # type: ignore[overload-overlap]
+@overload
 def revert(model: _Model, *, skip: Iterable[str] = ()) -> _Model: ...
 def revert(model: nn.Module, *, skip: Iterable[str] = ()) -> nn.Module:
-    """Make every :class:`lstm_ext.LSTM` and ``LSTMCell`` in ``model`` one of ``torch.nn``, in place.
+    """Make every LSTM, GRU and cell of this package in ``model`` one of ``torch.nn``, in place.
 
     The inverse of :func:`convert`: it takes the same arguments, returns and raises the same, and keeps the same of each
     module. A layer with an option that torch's layer does not have (``zoneout``, ``layer_norm``, ...) raises a
     TypeError.
     """
-    _change_classes(model, _REVERTED, "revert", skip)
+    _change_classes(model, _TO_TORCH, "revert", skip)
     return model
 
 
 class Entry(NamedTuple):
-    """One LSTM of a model in the result of :func:`report`."""
+    """One layer of a model in the result of :func:`report`."""
 
     name: str
     kind: str
@@ -209,11 +228,11 @@ _LOOKS = (
 
 
 def report(model: nn.Module) -> list[Entry]:
-    """Each LSTM and LSTMCell in ``model``: its name, its class, whether it is ours, and why not.
+    """Each LSTM, GRU and cell in ``model``: its name, its class, whether it is ours, and why not.
 
     ``print(*lstm_ext.report(model), sep="\\n")`` prints a line for each. A layer that :func:`convert` would convert has
     the reason "not converted". A subclass of ours that has a ``forward`` of its own is ours if its code calls
-    ``super().forward``; where the code does not tell, ``reason`` says so. LSTMs in plain lists, dicts and attributes,
+    ``super().forward``; where the code does not tell, ``reason`` says so. Layers in plain lists, dicts and attributes,
     which :func:`convert` does not see, come last. Modules whose class is registered
     (:func:`register`), and those whose own parameters have the shapes of an LSTM, are listed too.
 
@@ -234,7 +253,7 @@ def report(model: nn.Module) -> list[Entry]:
     entries = []
     for name, module in model.named_modules():
         kind = kind_of(module)
-        if isinstance(module, (LSTM, LSTMCell)):
+        if isinstance(module, OURS):
             reaches = reaches_our_forward(type(module))
             reason = {
                 True: "",
@@ -243,8 +262,8 @@ def report(model: nn.Module) -> list[Entry]:
             }[reaches]
             reason = reason or vars(module).get("_stands_for", "")
             entries.append(Entry(name, kind, reaches is not False, reason))
-        elif is_or_was_lstm(module):
-            refusal = _new_class(module, _OURS, subclasses=False)[1]
+        elif is_or_was_layer(module):
+            refusal = _new_class(module, _TO_OURS, subclasses=False)[1]
             entries.append(Entry(name, kind, False, refusal or "not converted"))
         else:
             layer, refusal = stand_in(module)
@@ -253,10 +272,8 @@ def report(model: nn.Module) -> list[Entry]:
             elif looks_like_lstm(module):
                 entries.append(Entry(name, kind, False, _LOOKS))
     entries += [
-        Entry(
-            path, kind_of(module), isinstance(module, (LSTM, LSTMCell)), f"{HIDDEN}: convert does not see it"
-        )
-        for path, module in hidden_lstms(model)
+        Entry(path, kind_of(module), isinstance(module, OURS), f"{HIDDEN}: convert does not see it")
+        for path, module in hidden_layers(model)
     ]
     return entries
 
@@ -265,17 +282,17 @@ def _new_class(
     module: Any, pairs: dict[type[nn.Module], type[nn.Module]], subclasses: bool
 ) -> tuple[type[nn.Module] | None, str | None]:
     """The new class of a module, or why it gets none; neither for a module that needs no change."""
-    cls, to_ours = type(module), pairs is not _REVERTED
-    if to_ours and isinstance(module, (LSTM, LSTMCell)):
-        ours = LSTM if isinstance(module, LSTM) else LSTMCell
-        target = pairs[_REVERTED[ours]]
+    cls, to_ours = type(module), pairs is not _TO_TORCH
+    if to_ours and isinstance(module, OURS):
+        ours = next(ours for ours in OURS if isinstance(module, ours))
+        target = pairs[_TO_TORCH[ours]]
         # Patched layers have torch's class, and keep it.
-        stays = (LSTM, LSTMCell) if target is ours else tuple(_SAME)
+        stays = OURS if target is ours else tuple(_SAME)
         base = parametrize.type_before_parametrizations(module)
         return (_with_base(cls, ours, target) if base not in stays else None), None
     source = next((source for source in pairs if isinstance(module, source)), None)
     if source is None:
-        return None, foreign_lstm(module) if to_ours else None
+        return None, foreign_layer(module) if to_ours else None
     if any(base.__name__ == "FSDPModule" for base in cls.__mro__):
         return (
             None,
@@ -287,7 +304,7 @@ def _new_class(
         lost = [name for name in _NOT_CALLED if any(name in vars(c) for c in between)]
         if lost:
             return None, (
-                f"a subclass of {_NAMES[source]} that overrides {', '.join(lost)}, which our forward does not call; "
+                f"a subclass of {_public(source)} that overrides {', '.join(lost)}, which our forward does not call; "
                 "do that work in its forward, before and after super().forward"
             )
         new = with_our_forward(cls) if subclasses or _overrides_nothing(cls, source) else None
@@ -297,9 +314,9 @@ def _new_class(
             way_out = (
                 f"; remove its parametrizations, {'convert' if to_ours else 'revert'}, and set them again"
             )
-        return None, f"a subclass of {_NAMES[source]}, whose own behaviour might be lost{way_out}"
-    if source is LSTM and module._given:
-        return None, f"it has what torch.nn.LSTM does not have: {', '.join(module._given)}"
+        return None, f"a subclass of {_public(source)}, whose own behaviour might be lost{way_out}"
+    if isinstance(module, RecurrentLayer) and module._given:
+        return None, f"it has what torch.nn.{module.mode} does not have: {', '.join(module._given)}"
     replaced = _replaced_methods(module, source)
     if replaced:
         return None, f"{', '.join(replaced)} is replaced on the instance"
@@ -308,6 +325,10 @@ def _new_class(
     ]:
         return None, f"its attribute {', '.join(taken)} is an option of our layer; rename it first"
     return new, None
+
+
+def _public(cls: type[nn.Module]) -> str:
+    return f"{'lstm_ext' if cls in OURS else 'torch.nn'}.{cls.__name__}"
 
 
 def _overrides_nothing(cls: type[nn.Module], source: type[nn.Module]) -> bool:
@@ -325,7 +346,7 @@ def _change_classes(
     skip: Iterable[str],
     subclasses: bool = False,
 ) -> tuple[bool, list[str]]:
-    """Whether the model has an LSTM that could be changed, and, with reasons, those that are skipped and could not."""
+    """Whether the model has a layer that could be changed, and, with reasons, those that are skipped and could not."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: expected model to be a torch.nn.Module, got {type(model).__name__}")
     skipped = _skipped(model, skip, function)
@@ -333,7 +354,7 @@ def _change_classes(
     refused, passed_over = [], []
     found = False
     for name, module in model.named_modules():
-        if not is_or_was_lstm(module):
+        if not is_or_was_layer(module):
             continue
         cls, reason = _new_class(module, pairs, subclasses)
         place = place_of(name)
@@ -356,8 +377,8 @@ def _change_classes(
     for module, cls in changes:
         for key in _LEFT_BEHIND:
             module.__dict__.pop(key, None)
-        if issubclass(cls, LSTM):
-            module.__dict__["_layer_names"] = LSTM._group_names(module)  # type: ignore[arg-type]
+        if issubclass(cls, RecurrentLayer):
+            module.__dict__["_layer_names"] = cls._group_names(module)  # type: ignore[arg-type]
         else:
             module.__dict__.pop("_layer_names", None)
         module.__class__ = cls
@@ -389,7 +410,7 @@ def _with_base(
     """
     if cls is source or _SAME.get(cls) is source:
         return target
-    if "_derived_from" in vars(cls) and target in _OURS:
+    if "_derived_from" in vars(cls) and target in _TO_OURS:
         return vars(cls)["_derived_from"]
     if cls.__module__ == parametrize.__name__:
         base = _with_base(cls.__bases__[0], source, target)
@@ -398,7 +419,7 @@ def _with_base(
 
 
 def _replaced_methods(module: nn.Module, source: type[nn.Module]) -> list[str]:
-    """Methods of LSTMs, not of modules in general, that an attribute of the instance hides."""
+    """Methods of these layers, not of modules in general, that an attribute of the instance hides."""
     own = source.__mro__[: source.__mro__.index(nn.Module)]
     methods = {key for cls in own for key, value in vars(cls).items() if callable(value)}
     # Users replace this method to disable it. It computes nothing.

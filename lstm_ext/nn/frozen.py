@@ -18,13 +18,15 @@ from ..native import integrations, loader
 from . import native
 from .cell import LSTMCell
 from .convert import _LEFT_BEHIND, _overrides_nothing, _replaced_methods
+from .gru import GRU, GRUCell
 from .lstm import LSTM
-from .torch_lstm import TorchLSTM, with_our_forward
+from .recurrent import RecurrentLayer
+from .torch_layers import TorchGRU, TorchLSTM, with_our_forward
 from .unreached import kind_of, modules_of, place_of, where_it_looked
 
 # Bound now, because patch() replaces them by our classes.
-_torch_class = nn.LSTM
-_CELLS = (nn.LSTMCell, LSTMCell)
+_TORCH_LSTM, _TORCH_GRU = nn.LSTM, nn.GRU
+_CELLS = (nn.LSTMCell, LSTMCell, nn.GRUCell, GRUCell)
 
 _KINDS: dict[torch.dtype | None, str] = {None: "own", torch.bfloat16: "bfloat16", torch.int8: "int8"}
 
@@ -45,35 +47,11 @@ _weights_stamp: Callable[[Sequence[Sequence[Tensor]]], int]
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-class FrozenLSTM(LSTM):
-    """The frozen form of an :class:`lstm_ext.LSTM`, from :func:`freeze`: for inference, with packed weights.
-
-    Weights that are changed later are noticed and refused, with two exceptions: ``weight.data.copy_(...)`` and other
-    writes through ``.data`` or another library, which torch counts nowhere, and programs of ``torch.compile`` and
-    ``torch.export``. After such a change load the weights (``load_state_dict``) or freeze the model anew.
-
-    Example::
-
-        lstm = lstm_ext.LSTM(10, 20)
-        frozen = lstm_ext.freeze(lstm)
-        with torch.no_grad():
-            y, (h, c) = frozen.step(torch.randn(1, 10))      # (1, 20), and (1, 1, 20) each
-        lstm = lstm_ext.unfreeze(frozen)
-
-    It has the interface of :class:`lstm_ext.LSTM`, and its state dict. The weights are packed when the layer is frozen,
-    loaded (``load_state_dict``, pickle) or moved to another dtype. They are buffers that no state dict holds.
-
-    A call raises a RuntimeError if a weight is another tensor than the packed one (after an assignment, a
-    parametrization, ``torch.func.functional_call``), or has been changed in place since (an optimizer, ``copy_`` of a
-    moving average, ``weight.data = ...``).
-
-    It has no gradients: a call raises a RuntimeError if its input, a state or a parameter requires them, unless
-    gradients are off. ``train()`` sets the flag ``training``, as on any module, and changes no result: nothing is
-    dropped at random, and zoneout mixes the states. ``recompute`` has no meaning without gradients.
-    """
+class FrozenLayer(RecurrentLayer):
+    """The base of :class:`FrozenLSTM` and :class:`FrozenGRU`."""
 
     frozen_weights: torch.dtype | None = None
-    _unfrozen: type[nn.Module] = LSTM  # the class that unfreeze restores
+    _unfrozen: type[nn.Module]  # the class that unfreeze restores
 
     def __init__(self, *_: Any, **__: Any) -> None:
         raise TypeError(f"{type(self).__name__}: lstm_ext.freeze makes such a layer, of another one")
@@ -82,7 +60,10 @@ class FrozenLSTM(LSTM):
     def _frozen(self) -> Sequence[LayerOptions]:  # type: ignore[override]
         if torch.compiler.is_compiling():  # the compiler needs the buffers themselves
             buffers: Any = self._buffers
-            return [LayerOptions(frozen=[buffers[name] for name in names]) for names in self._frozen_names]
+            return [
+                LayerOptions(frozen=[buffers[name] for name in names], gru=self.gru)
+                for names in self._frozen_names
+            ]
         return self._frozen_options
 
     def save_native(self, path: str | os.PathLike[str]) -> None:
@@ -113,7 +94,7 @@ class FrozenLSTM(LSTM):
             weights = [getattr(self, name) for name in names]
             if kind == "int8":
                 _refuse_what_int8_has_not(names, weights, "")
-            all_packed.append(kernels.freeze_weights(weights, self.bias, self.bidirectional, kind))
+            all_packed.append(kernels.freeze_weights(weights, self.bias, self.bidirectional, kind, self.gru))
         # Nothing fails from here on, so an error above leaves the old state.
         for buffers, packed in zip(self._frozen_names, all_packed, strict=True):
             for name, tensor in zip(buffers, packed, strict=True):
@@ -126,11 +107,11 @@ class FrozenLSTM(LSTM):
         kernels = _kernels()
         _weights_stamp = kernels.weights_stamp
         self._frozen_options = [
-            LayerOptions(frozen=[self._buffers[name] for name in names])  # type: ignore[misc]
+            LayerOptions(frozen=[self._buffers[name] for name in names], gru=self.gru)  # type: ignore[misc]
             for names in self._frozen_names
         ]
         for options in self._frozen_options:
-            options.native = kernels.LayerOptions(frozen=options.frozen)
+            options.native = kernels.LayerOptions(frozen=options.frozen, gru=self.gru)
         self._native_options = [options.native for options in self._frozen_options]
         self._frozen_stamp = _weights_stamp(self._frozen_from)
 
@@ -156,8 +137,8 @@ class FrozenLSTM(LSTM):
             and stamp is self._frozen_stamp  # no other thread has begun to change the weights
         ):
             raise RuntimeError(
-                "FrozenLSTM: a weight was changed in place after it was packed: load_state_dict packs new numbers, and "
-                "lstm_ext.unfreeze gives a layer that reads its weights in each call"
+                f"Frozen{self.mode}: a weight was changed in place after it was packed: load_state_dict packs new "
+                "numbers, and lstm_ext.unfreeze gives a layer that reads its weights in each call"
             )
         return self._frozen_from
 
@@ -166,8 +147,8 @@ class FrozenLSTM(LSTM):
             for name, now, before in zip(names, present, packed, strict=True):
                 if now is not before:
                     raise RuntimeError(
-                        f"FrozenLSTM: {name} is another tensor than the one that was packed: load_state_dict packs new "
-                        "numbers, and lstm_ext.unfreeze gives a layer that reads its weights in each call "
+                        f"Frozen{self.mode}: {name} is another tensor than the one that was packed: load_state_dict "
+                        "packs new numbers, and lstm_ext.unfreeze gives a layer that reads its weights in each call "
                         "(torch.func.functional_call and parametrizations need that)"
                     )
 
@@ -189,7 +170,7 @@ class FrozenLSTM(LSTM):
             super().reset_parameters()
             self._pack()
 
-    def _apply(self, fn: Any, recurse: bool = True) -> FrozenLSTM:
+    def _apply(self, fn: Any, recurse: bool = True) -> FrozenLayer:
         weight: Any = self.weight_ih_l0
         moved = fn(weight[:0])  # before anything is changed
         _check_place("", moved.device, moved.dtype, self.frozen_weights)
@@ -217,7 +198,7 @@ class FrozenLSTM(LSTM):
             super()._load_from_state_dict(state_dict, prefix, *args)
             self._pack()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenLSTM:
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenLayer:
         # The packed bytes are copied, not made again: the copy computes the same as this layer.
         new = type(self).__new__(type(self))
         memo[id(self)] = new
@@ -248,6 +229,49 @@ class FrozenLSTM(LSTM):
         self._pack()
 
 
+class FrozenLSTM(FrozenLayer, LSTM):
+    """The frozen form of an :class:`lstm_ext.LSTM`, from :func:`freeze`: for inference, with packed weights.
+
+    Weights that are changed later are noticed and refused, with two exceptions: ``weight.data.copy_(...)`` and other
+    writes through ``.data`` or another library, which torch counts nowhere, and programs of ``torch.compile`` and
+    ``torch.export``. After such a change load the weights (``load_state_dict``) or freeze the model anew.
+
+    Example::
+
+        lstm = lstm_ext.LSTM(10, 20)
+        frozen = lstm_ext.freeze(lstm)
+        with torch.no_grad():
+            y, (h, c) = frozen.step(torch.randn(1, 10))      # (1, 20), and (1, 1, 20) each
+        lstm = lstm_ext.unfreeze(frozen)
+
+    It has the interface of :class:`lstm_ext.LSTM`, and its state dict. The weights are packed when the layer is frozen,
+    loaded (``load_state_dict``, pickle) or moved to another dtype. They are buffers that no state dict holds.
+
+    A call raises a RuntimeError if a weight is another tensor than the packed one (after an assignment, a
+    parametrization, ``torch.func.functional_call``), or has been changed in place since (an optimizer, ``copy_`` of a
+    moving average, ``weight.data = ...``).
+
+    It has no gradients: a call raises a RuntimeError if its input, a state or a parameter requires them, unless
+    gradients are off. ``train()`` sets the flag ``training``, as on any module, and changes no result: nothing is
+    dropped at random, and zoneout mixes the states. ``recompute`` has no meaning without gradients.
+    """
+
+    _unfrozen = LSTM
+
+
+class FrozenGRU(FrozenLayer, GRU):
+    """The frozen form of an :class:`lstm_ext.GRU`, from :func:`freeze`: what :class:`FrozenLSTM` is of an LSTM.
+
+    Example::
+
+        frozen = lstm_ext.freeze(lstm_ext.GRU(10, 20))
+        with torch.no_grad():
+            y, h = frozen.step(torch.randn(1, 10))           # (1, 20), and (1, 1, 20)
+    """
+
+    _unfrozen = GRU
+
+
 class FrozenTorchLSTM(FrozenLSTM, TorchLSTM):
     """The frozen form of a :class:`torch.nn.LSTM` or a :class:`lstm_ext.TorchLSTM`, from :func:`freeze`.
 
@@ -260,6 +284,26 @@ class FrozenTorchLSTM(FrozenLSTM, TorchLSTM):
     """
 
     _unfrozen = TorchLSTM
+
+
+class FrozenTorchGRU(FrozenGRU, TorchGRU):
+    """The frozen form of a :class:`torch.nn.GRU` or a :class:`lstm_ext.TorchGRU`, from :func:`freeze`.
+
+    It is a :class:`FrozenGRU`, and a ``torch.nn.GRU`` to ``isinstance``. Example::
+
+        frozen = lstm_ext.freeze(torch.nn.GRU(10, 20))
+        assert isinstance(frozen, lstm_ext.FrozenTorchGRU) and isinstance(frozen, torch.nn.GRU)
+    """
+
+    _unfrozen = TorchGRU
+
+
+# The frozen forms of each layer of torch: of ours, and of those that are torch's to isinstance.
+_FORMS: dict[type[nn.Module], tuple[type[FrozenLayer], type[FrozenLayer]]] = {
+    _TORCH_LSTM: (FrozenLSTM, FrozenTorchLSTM),
+    _TORCH_GRU: (FrozenGRU, FrozenTorchGRU),
+}
+_FROZEN_FROM = (LSTM, GRU, *_FORMS)
 
 
 def _kernels() -> Any:
@@ -289,32 +333,36 @@ def _by_name(cls: type[nn.Module]) -> tuple[type[nn.Module], bool]:
 
 def _plain_class(layer: nn.Module) -> type[nn.Module]:
     """The class of a layer before freeze and parametrize changed it."""
-    if isinstance(layer, FrozenLSTM):
+    if isinstance(layer, FrozenLayer):
         return layer._unfrozen
     return type(layer).__bases__[0] if type(layer).__module__ == parametrize.__name__ else type(layer)
 
 
 def _own_source(cls: type[nn.Module]) -> type[nn.Module]:
     """The class of torch or of this package that a class is, or is derived from."""
-    return next(c for c in cls.__mro__ if c is _torch_class or c.__module__.startswith("lstm_ext."))
+    return next(c for c in cls.__mro__ if c in _FORMS or c.__module__.startswith("lstm_ext."))
 
 
-_frozen_classes: dict[type[nn.Module], type[FrozenLSTM]] = {}
+_frozen_classes: dict[type[nn.Module], type[FrozenLayer]] = {}
 
 
-def _frozen_class(cls: type[nn.Module]) -> type[FrozenLSTM]:
+def _frozen_class(cls: type[nn.Module]) -> type[FrozenLayer]:
     """The class of frozen layers that are also instances of ``cls``."""
-    base = FrozenTorchLSTM if issubclass(cls, _torch_class) else FrozenLSTM
+    base = next(
+        forms[issubclass(cls, theirs)]
+        for theirs, forms in _FORMS.items()
+        if issubclass(cls, (theirs, forms[0]._unfrozen))
+    )
     if _own_source(cls) is cls:
         return base
     if cls not in _frozen_classes:
-        ours = cls if issubclass(cls, LSTM) else with_our_forward(cls)
+        ours = cls if issubclass(cls, RecurrentLayer) else with_our_forward(cls)
         namespace = {"__module__": cls.__module__, "__doc__": cls.__doc__}
         _frozen_classes.setdefault(cls, type(f"Frozen{cls.__name__}", (base, ours), namespace))
     return _frozen_classes[cls]
 
 
-def _restored(named: type[nn.Module], converted: bool) -> FrozenLSTM:
+def _restored(named: type[nn.Module], converted: bool) -> FrozenLayer:
     cls = with_our_forward(named) if converted else named
     frozen = _frozen_class(cls)
     layer = frozen.__new__(frozen)
@@ -330,19 +378,23 @@ def freeze(module: nn.LSTM, weights: torch.dtype | None = None) -> FrozenTorchLS
 @overload
 def freeze(module: LSTM, weights: torch.dtype | None = None) -> FrozenLSTM: ...
 @overload
+def freeze(module: nn.GRU, weights: torch.dtype | None = None) -> FrozenTorchGRU: ...
+@overload
+def freeze(module: GRU, weights: torch.dtype | None = None) -> FrozenGRU: ...
+@overload
 def freeze(module: _Model, weights: torch.dtype | None = None) -> _Model: ...
 def freeze(module: nn.Module, weights: torch.dtype | None = None) -> nn.Module:
-    """A copy for inference on the CPU, whose LSTMs have their weights packed once, and not in each call.
+    """A copy for inference on the CPU, whose layers have their weights packed once, and not in each call.
 
-    The copy is that of ``copy.deepcopy``, with other classes of its LSTMs. So it does not see what happens to the
+    The copy is that of ``copy.deepcopy``, with other classes of its layers. So it does not see what happens to the
     original afterwards; hooks, attributes and buffers come along; tied weights stay tied; handles of the original's
     hooks do not reach those of the copy; and layers are not compiled any more (``Module.compile``). None of its
     parameters requires gradients. Its results are those of the original in evaluation mode, within rounding.
     :class:`FrozenLSTM` says what it can do; :func:`unfreeze` gives a layer that can be trained.
 
     Args:
-        module: an :class:`lstm_ext.LSTM`, a ``torch.nn.LSTM``, or a model that has such layers; on the CPU. In a model
-            all other modules are copied as they are. An ``LSTMCell`` is one of them; a warning names it and says which
+        module: an LSTM or GRU, of this package or of ``torch.nn``, or a model that has such layers; on the CPU. In a
+            model all other modules are copied as they are. A cell is one of them; a warning names it and says which
             layer can be frozen in its place.
         weights: None keeps the numbers of ``weight_ih`` and ``weight_hh``. ``torch.bfloat16`` and ``torch.int8`` round
             them: to bfloat16, or to whole multiples of 1/127 of the largest number in their row. Everything else is
@@ -351,24 +403,24 @@ def freeze(module: nn.Module, weights: torch.dtype | None = None) -> nn.Module:
             moves results by about 2e-3 (bfloat16) and 4e-3 (int8) of their size, and further with layer normalisation.
 
     Returns:
-        a :class:`FrozenLSTM`, or the model with such layers, in evaluation mode. Of a ``torch.nn.LSTM`` or a
-        :class:`lstm_ext.TorchLSTM` it is a :class:`FrozenTorchLSTM`. Of a subclass that has no code of its own it is an
-        instance of that subclass, too.
+        a :class:`FrozenLSTM` or :class:`FrozenGRU`, or the model with such layers, in evaluation mode. Of a layer that
+        is torch's to ``isinstance`` it is a :class:`FrozenTorchLSTM` or :class:`FrozenTorchGRU`. Of a subclass that has
+        no code of its own it is an instance of that subclass, too.
 
     Raises:
         TypeError: ``module`` is no module; or it has layers that cannot be frozen. The text gives the name, class and
             reason of each. The reasons are: a subclass with code of its own; a ``forward`` (or a method that it calls)
             replaced on the instance; weights that are parametrized, normed or pruned; an attribute that would be hidden
             by one of frozen layers.
-        ValueError: there is no LSTM in ``module``; ``weights`` is another dtype; parameters are not of one dtype, are
-            float64 where ``weights`` is given, or have an infinity or a NaN where it is ``torch.int8``.
+        ValueError: there is no LSTM or GRU in ``module``; ``weights`` is another dtype; parameters are not of one
+            dtype, are float64 where ``weights`` is given, or have an infinity or a NaN where it is ``torch.int8``.
         RuntimeError: parameters are not on the CPU, or the compiled kernels are not there.
     """
     integrations.install()
     _check_module(module, "freeze")
     if weights not in _KINDS:
         raise ValueError(f"freeze: weights: expected None, torch.bfloat16 or torch.int8, got {weights!r}")
-    layers = _layers(module, (LSTM, _torch_class), "freeze")
+    layers = _layers(module, _FROZEN_FROM, "freeze")
     _kernels()
     for name, layer in layers.items():
         _check_numbers(f"{place_of(name)}: ", layer, weights)
@@ -388,6 +440,10 @@ def unfreeze(module: FrozenTorchLSTM) -> nn.LSTM: ...  # type: ignore[overload-o
 @overload
 def unfreeze(module: FrozenLSTM) -> LSTM: ...  # type: ignore[overload-overlap]
 @overload
+def unfreeze(module: FrozenTorchGRU) -> nn.GRU: ...  # type: ignore[overload-overlap]
+@overload
+def unfreeze(module: FrozenGRU) -> GRU: ...
+@overload
 def unfreeze(module: _Model) -> _Model: ...
 def unfreeze(module: nn.Module) -> nn.Module:
     """A copy of a frozen module whose layers can be trained: of the classes they had, with the original weights.
@@ -398,8 +454,9 @@ def unfreeze(module: nn.Module) -> nn.Module:
         module: what :func:`freeze` returned, a part of it, or a model that has such parts.
 
     Returns:
-        an :class:`lstm_ext.LSTM`, a ``torch.nn.LSTM`` or another class that was frozen, or the model with such layers,
-        in evaluation mode. The parameters require gradients where those that were frozen did, and where they do now.
+        a layer of the class that was frozen, such as :class:`lstm_ext.LSTM` or ``torch.nn.LSTM``, or the model with
+        such layers, in evaluation mode. The parameters require gradients where those that were frozen did, and where
+        they do now.
 
     Raises:
         TypeError: ``module`` is no module; or a frozen layer in it has been given weights or methods that
@@ -407,7 +464,7 @@ def unfreeze(module: nn.Module) -> nn.Module:
         ValueError: there is no frozen layer in it.
     """
     _check_module(module, "unfreeze")
-    thawed = _changed(module, _layers(module, (FrozenLSTM,), "unfreeze"), _unfreeze, "unfreeze")
+    thawed = _changed(module, _layers(module, (FrozenLayer,), "unfreeze"), _unfreeze, "unfreeze")
     for part, parameters in _parameters_by_module(thawed):
         names = part.__dict__.pop(_REQUIRED, ())
         for name, parameter in parameters:
@@ -430,7 +487,7 @@ def _layers(module: nn.Module, classes: tuple[type, ...], function: str) -> dict
     """The layers of some classes by name. Raises for layers that `freeze` and `unfreeze` do not accept."""
     layers: dict[str, Any] = {name: m for name, m in module.named_modules() if isinstance(m, classes)}
     if not layers:
-        kind = "a frozen LSTM" if function == "unfreeze" else "an LSTM"
+        kind = "a frozen layer" if function == "unfreeze" else "an LSTM or GRU"
         looked = "" if function == "unfreeze" else f". {_about_cells(module) or where_it_looked(module, [])}"
         raise ValueError(
             f"{function}: expected {kind}, or a model that has one, got {type(module).__name__}{looked}"
@@ -455,7 +512,7 @@ def _about_cells(module: nn.Module) -> str:
     if not cells:
         return ""
     return (
-        f"{', '.join(cells)}: an LSTMCell has no frozen form. Replace it by an lstm_ext.LSTM of one layer, whose "
+        f"{', '.join(cells)}: a cell has no frozen form. Replace it by an lstm_ext.LSTM or GRU of one layer, whose "
         "step() computes the same: load_state_dict({f'{name}_l0': p for name, p in cell.state_dict().items()})"
     )
 
@@ -463,15 +520,15 @@ def _about_cells(module: nn.Module) -> str:
 def _reasons_against(layer: Any) -> list[str]:
     """The reasons why a layer can be neither frozen nor thawed."""
     cls, _ = _by_name(_plain_class(layer))
-    base = LSTM if isinstance(layer, LSTM) else _torch_class
+    base = next(c for c in _FROZEN_FROM if isinstance(layer, c))
     reasons = []
     if not _overrides_nothing(cls, _own_source(cls)):
         reasons.append("a subclass with code of its own, which a frozen layer would not run")
     replaced = _replaced_methods(layer, base)
     if replaced:
         reasons.append(f"{', '.join(replaced)} is replaced on the instance; delete it there first")
-    if not isinstance(layer, FrozenLSTM):
-        taken = {*dir(FrozenLSTM)} - {*dir(base)} | {n for names in _packed_names(layer) for n in names}
+    if not isinstance(layer, FrozenLayer):
+        taken = {*dir(FrozenLayer)} - {*dir(base)} | {n for names in _packed_names(layer) for n in names}
         for name in (*layer.__dict__, *layer._parameters, *layer._buffers, *layer._modules):
             if name in taken:
                 reasons.append(f"its attribute {name} has another meaning in a frozen layer; rename it first")
@@ -493,7 +550,7 @@ def _what_it_is(layer: nn.Module, name: str, parametrized: Any) -> str:
 
 
 def _weight_names(layer: Any) -> list[str]:
-    others = [name for name, _, _ in layer._cell_parameters()] if isinstance(layer, LSTM) else []
+    others = [name for name, _, _ in layer._cell_parameters()] if isinstance(layer, RecurrentLayer) else []
     return [name for names in layer._all_weights for name in names] + others
 
 
@@ -529,7 +586,7 @@ def _changed(
     memo: dict[int, Any] = {
         id(packed): packed
         for layer in layers.values()
-        if isinstance(layer, FrozenLSTM)
+        if isinstance(layer, FrozenLayer)
         for options in layer._frozen_options
         for packed in options.frozen
     }
@@ -560,6 +617,6 @@ def _unfreeze(layer: Any) -> None:
         del layer._buffers[name]
         layer._non_persistent_buffers_set.discard(name)
     own = ("_unfrozen", "frozen_weights", "_frozen_names", "_frozen_from", "_frozen_parameters")
-    for name in (*own, *_MADE_OF_PACKED, *(() if issubclass(cls, LSTM) else ("_layer_names",))):
+    for name in (*own, *_MADE_OF_PACKED, *(() if issubclass(cls, RecurrentLayer) else ("_layer_names",))):
         layer.__dict__.pop(name, None)
     layer.__class__ = cls

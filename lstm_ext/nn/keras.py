@@ -22,7 +22,7 @@ from ..layer import route
 from ..layer.activations import Activation
 from ..native import integrations
 from .from_frameworks import KERAS, KERAS_ASKED, keras_activation
-from .torch_lstm import Replacement, lock
+from .torch_layers import Replacement, lock
 
 _States = Sequence[Tensor]
 _PLAIN: tuple[Activation, Activation] = ("sigmoid", "tanh")
@@ -78,7 +78,10 @@ def _why_not_gru(
 ) -> str:
     if not cell.reset_after:
         return "a GRU with reset_after=False"
-    return "" if functions == _PLAIN and not masked else "a GRU with a mask or other activations"
+    if functions != _PLAIN:
+        return "a GRU with other activations"
+    # torch's own operator computes plain layers where there are no kernels.
+    return "" if not masked or route.has_gru(device) else f"there are no kernels of a GRU for {device}"
 
 
 def _run_gru(
@@ -89,14 +92,14 @@ def _run_gru(
     bias: Tensor | None,
     functions: tuple[Activation, Activation],
 ) -> tuple[Tensor, list[Tensor]]:
-    """By torch's own operator, whose gates have the order r, z, n: those of Keras are z, r, n."""
+    """The gates have the order r, z, n here: those of Keras are z, r, n."""
     # Transposed before they are cut, since torch transposes whole matrices four times as fast.
     arrays = [*[w.T.contiguous() for w in weights], *(() if bias is None else bias)]
     parts = [w.chunk(3) for w in arrays]
     arrays = [torch.cat([r, z, n]) for z, r, n in parts]
-    output, h_n = torch._VF.gru(  # type: ignore[attr-defined]
-        x, states[0][None], arrays, bias is not None, 1, 0.0, torch.is_grad_enabled(), False, True
-    )
+    output, h_n = run.lstm(
+        route.lstm_layer, x, states[0][None], arrays, bias is not None, 1, 0.0, False, False, True, gru=True, mask=mask
+    )  # fmt: skip
     return output, [h_n[0]]
 
 
@@ -124,12 +127,12 @@ class patch_keras(Replacement):
 
     - in training, ``recurrent_dropout``, and ``dropout`` with ``implementation=1``: each gate has a mask of its own;
     - an ``activation`` other than tanh, sigmoid, hard_sigmoid, relu, leaky_relu, elu, softplus, softsign and linear;
-    - a GRU with a mask, another activation or ``reset_after=False``; the others run on torch's own operator;
+    - a GRU with another activation or ``reset_after=False``;
     - ``use_cudnn=True``; cells of other classes;
     - fewer than 3 steps, or than 13 with 512 units, since transposing the kernels would take longer than Keras' loop;
       of a GRU, more;
     - whatever an export traces, so that its result does not need this package;
-    - on devices without kernels, a layer with a mask or with other activations.
+    - on devices without kernels, and a GRU on all but the CPU, a layer with a mask or with other activations.
 
     Patches may be nested, and stopped in any order. Keras' methods come back when all are stopped.
 

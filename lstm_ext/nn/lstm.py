@@ -12,9 +12,7 @@ from ..call.arguments import CallOptions
 from ..call.layout import (
     LSTMExtras,
 )
-from ..layer import route
 from ..layer.activations import activation_text
-from ..native import loader
 from ..options import (
     OPTIONS,
     LayerArguments,
@@ -274,11 +272,3 @@ _SIGNATURE = LSTM.__init__.__signature__ = signature_of(LSTM.__init__, LayerArgu
 def activations_of(module: LSTM) -> str:
     """The functions of its cells, see `layer.activations`."""
     return activation_text(module.gate_activation, module.cell_activation)
-
-
-def runs_without_kernels(module: LSTM) -> bool:
-    """Whether torch's own operator computes this layer, or, with options, the equations: there are no kernels."""
-    weight = module._parameters.get(module._all_weights[0][0])
-    if weight is None or module._frozen:
-        return False
-    return not route.has_operators(weight.device) and not loader.wants_equations()

@@ -40,6 +40,10 @@ def save(layer: Any, path: str | os.PathLike[str]) -> None:
         ValueError: it has an option that the format does not have.
         OSError: the file cannot be written.
     """
+    if layer.gru:
+        raise ValueError(
+            "save_native: expected a FrozenLSTM, got a GRU, which the C library does not compute"
+        )
     unknown = [name for name in layer._given if not OPTIONS[name].saved]
     if unknown:
         raise ValueError(f"save_native: the file has no place for {', '.join(unknown)}")

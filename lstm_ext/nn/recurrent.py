@@ -25,6 +25,7 @@ from ..call.run import run, zero_states
 from ..layer import route
 from ..layer.layer_call import LayerOptions
 from ..layer.tracing import is_jit_tracing, leaf_of_graph
+from ..native import loader
 from ..options import OPTIONS, CellParameters, HasOptions
 from .mistakes import batched_states, check_arguments, unpack_hx
 from .tools import KnownToTools
@@ -284,3 +285,12 @@ class RecurrentLayer(HasOptions, KnownToTools, nn.RNNBase):
         super().__setstate__({name: value for name, value in d.items() if name != "_given"})
         self._set_options(d.get("_given", {}))
         self._layer_names = self._group_names()
+
+
+def runs_without_kernels(module: RecurrentLayer) -> bool:
+    """Whether torch's own operator computes this layer, or, with options, the equations: there are no kernels."""
+    weight = module._parameters.get(module._all_weights[0][0])
+    if weight is None or module._frozen:
+        return False
+    has_kernels = route.has_gru if module.gru else route.has_operators
+    return not has_kernels(weight.device) and not loader.wants_equations()

@@ -14,13 +14,12 @@ from torch import nn
 
 from ..native.integrations import let_dynamo_take
 from .cell import LSTMCell
-from .lstm import LSTM, runs_without_kernels
+from .gru import GRU, GRUCell
+from .lstm import LSTM
+from .recurrent import RecurrentLayer, runs_without_kernels
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-# torch's own classes, bound when this package is imported.
-_LSTM, _CELL = nn.LSTM, nn.LSTMCell
 
 
 class TorchLSTM(LSTM, nn.LSTM):
@@ -49,6 +48,36 @@ class TorchLSTMCell(LSTMCell, nn.LSTMCell):
     """
 
 
+class TorchGRU(GRU, nn.GRU):
+    """:class:`lstm_ext.GRU` that is a :class:`torch.nn.GRU` to ``isinstance``; as :class:`TorchLSTM` is of the LSTM.
+
+    Example::
+
+        gru = lstm_ext.convert(torch.nn.GRU(10, 20))
+        assert isinstance(gru, lstm_ext.TorchGRU) and isinstance(gru, torch.nn.GRU)
+    """
+
+
+class TorchGRUCell(GRUCell, nn.GRUCell):
+    """:class:`lstm_ext.GRUCell` that is a :class:`torch.nn.GRUCell` to ``isinstance``, and bears its ``__name__``.
+
+    Example::
+
+        cell = lstm_ext.convert(torch.nn.GRUCell(10, 20))
+        assert isinstance(cell, lstm_ext.TorchGRUCell) and isinstance(cell, torch.nn.GRUCell)
+    """
+
+
+# The layers of torch, bound when this package is imported; ours; and those that are both.
+LAYERS: dict[type[nn.Module], tuple[type[nn.Module], type[nn.Module]]] = {
+    nn.LSTM: (LSTM, TorchLSTM),
+    nn.LSTMCell: (LSTMCell, TorchLSTMCell),
+    nn.GRU: (GRU, TorchGRU),
+    nn.GRUCell: (GRUCell, TorchGRUCell),
+}
+OURS = tuple(ours for ours, _ in LAYERS.values())
+
+
 class _StandsForTorch(type):
     """The metaclass of classes that replace torch's: instances of torch's class, or of ours, are theirs too."""
 
@@ -66,7 +95,7 @@ class _StandsForTorch(type):
 class PatchedLSTM(TorchLSTM, metaclass=_StandsForTorch):
     """The class that replaces ``torch.nn.LSTM`` while a patch holds."""
 
-    _stands_for = (_LSTM, LSTM)
+    _stands_for = (nn.LSTM, LSTM)
 
     @functools.wraps(LSTM.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -77,9 +106,31 @@ class PatchedLSTM(TorchLSTM, metaclass=_StandsForTorch):
 class PatchedLSTMCell(TorchLSTMCell, metaclass=_StandsForTorch):
     """The class that replaces ``torch.nn.LSTMCell`` while a patch holds."""
 
-    _stands_for = (_CELL, LSTMCell)
+    _stands_for = (nn.LSTMCell, LSTMCell)
 
     @functools.wraps(LSTMCell.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _count()
+
+
+class PatchedGRU(TorchGRU, metaclass=_StandsForTorch):
+    """The class that replaces ``torch.nn.GRU`` while a patch holds."""
+
+    _stands_for = (nn.GRU, GRU)
+
+    @functools.wraps(GRU.__init__)  # type: ignore[misc]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        _count()
+
+
+class PatchedGRUCell(TorchGRUCell, metaclass=_StandsForTorch):
+    """The class that replaces ``torch.nn.GRUCell`` while a patch holds."""
+
+    _stands_for = (nn.GRUCell, GRUCell)
+
+    @functools.wraps(GRUCell.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _count()
@@ -91,15 +142,14 @@ def _count() -> None:
             active.made += 1
 
 
-# Tools and summaries of models show this name. pickle uses __qualname__, which stays.
-for _cls in (TorchLSTM, PatchedLSTM):
-    _cls.__name__ = "LSTM"
-for _cls in (TorchLSTMCell, PatchedLSTMCell):
-    _cls.__name__ = "LSTMCell"
+# Those that replace torch's classes, by the names of these.
+PATCHED = {"LSTM": PatchedLSTM, "LSTMCell": PatchedLSTMCell, "GRU": PatchedGRU, "GRUCell": PatchedGRUCell}
+# Tools and summaries of models show torch's name. pickle uses __qualname__, which stays.
+for _theirs, (_, _ours) in LAYERS.items():
+    _ours.__name__ = PATCHED[_theirs.__name__].__name__ = _theirs.__name__
 
 
 _PLACES = (torch.nn, torch.nn.modules, torch.nn.modules.rnn)
-_CLASSES = {"LSTM": PatchedLSTM, "LSTMCell": PatchedLSTMCell}
 
 lock = threading.RLock()
 
@@ -154,7 +204,7 @@ class Replacement:
 
 
 class patch(Replacement):
-    """Put this package's LSTM and LSTMCell in the place of ``torch.nn.LSTM`` and ``torch.nn.LSTMCell``.
+    """Put this package's LSTM, GRU and their cells in the place of those of ``torch.nn``.
 
     For layers that a library builds out of reach::
 
@@ -170,7 +220,7 @@ class patch(Replacement):
 
     Patches may be nested, and stopped in any order. torch's classes come back when all are stopped.
 
-    The layers are :class:`lstm_ext.TorchLSTM`.
+    The layers are :class:`lstm_ext.TorchLSTM`, :class:`lstm_ext.TorchGRU` and so on.
 
     Attributes:
         made: how many layers and cells were constructed while this patch held, in any thread. 0 says that the library
@@ -187,7 +237,7 @@ class patch(Replacement):
         self.made = 0
 
     def _replaced(self) -> Iterable[tuple[Any, str, Any]]:
-        return [(place, name, cls) for place in _PLACES for name, cls in _CLASSES.items()]
+        return [(place, name, cls) for place in _PLACES for name, cls in PATCHED.items()]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -195,8 +245,8 @@ class patch(Replacement):
         self.stop()
         if error is None and not self.made:
             warnings.warn(
-                "patch: no torch.nn.LSTM or LSTMCell was constructed in this block: the code has taken torch's class "
-                "before, or builds its layers later. lstm_ext.convert(model) converts a model that is there, and "
+                "patch: no LSTM, GRU or cell of torch.nn was constructed in this block: the code has taken torch's "
+                "class before, or builds its layers later. lstm_ext.convert(model) converts a model that is there, and "
                 "lstm_ext.report(model) says which layers are ours",
                 UserWarning,
                 stacklevel=2,
@@ -213,7 +263,7 @@ def with_our_forward(cls: type[nn.Module]) -> type[nn.Module]:
     """
     with lock:
         if cls not in _derived:
-            base = TorchLSTM if issubclass(cls, _LSTM) else TorchLSTMCell
+            base = next(ours for theirs, (_, ours) in LAYERS.items() if issubclass(cls, theirs))
             namespace = {
                 "__module__": cls.__module__,
                 "__qualname__": cls.__qualname__,
@@ -239,7 +289,7 @@ def _restore(cls: type[nn.Module]) -> nn.Module:
 def reaches_our_forward(cls: type[nn.Module]) -> bool | None:
     """Whether the ``forward`` of a class derived from ours calls ours; None if its code does not tell."""
     for base in cls.__mro__:
-        if base in (LSTM, LSTMCell):
+        if base in OURS:
             return True
         if "forward" in vars(base):
             calls = _calls_super_forward(vars(base)["forward"], cls)
@@ -250,7 +300,7 @@ def reaches_our_forward(cls: type[nn.Module]) -> bool | None:
 
 def _calls_super_forward(forward: Any, cls: type) -> bool | None:
     """Looks at the names in the code of ``forward`` and of the functions that it calls."""
-    own = [base for base in cls.__mro__ if not issubclass(LSTM, base) and not issubclass(LSTMCell, base)]
+    own = [base for base in cls.__mro__ if not any([issubclass(ours, base) for ours in OURS])]
     verdict: bool | None = False
     seen, left = set(), [forward]
     while left:
@@ -285,11 +335,11 @@ def _names_in(code: CodeType) -> set[str]:
 
 
 def _compiles_whole(module: nn.Module) -> bool:
-    return isinstance(module, LSTM) and reaches_our_forward(type(module)) is True
+    return isinstance(module, RecurrentLayer) and reaches_our_forward(type(module)) is True
 
 
 def _runs_without_kernels(module: nn.Module) -> bool:
-    return isinstance(module, LSTM) and runs_without_kernels(module)
+    return isinstance(module, RecurrentLayer) and runs_without_kernels(module)
 
 
 let_dynamo_take(_compiles_whole, _runs_without_kernels)
