@@ -1,4 +1,4 @@
-"""``lstm_ext.onnx``: export to ONNX, in which a layer becomes the standard operator ``LSTM``, or a loop.
+"""``lstm_ext.onnx``: export to ONNX, in which a layer becomes the standard operator ``LSTM`` or ``GRU``, or a loop.
 
 Its functions need the packages onnx and onnxscript (``pip install 'lstm_ext[onnx]'``); importing this module does not.
 """
@@ -28,7 +28,9 @@ def __dir__() -> list[str]:
 
 
 # The order of the gates' rows is i, f, g, o here and i, o, f, c in ONNX, where c is our g; of peepholes i, f, o here.
+# Of a GRU it is r, z, n here and z, r, h in ONNX, where h is our n.
 _GATES = (0, 3, 1, 2)
+_GRU_GATES = (1, 0, 2)
 _PEEPHOLES = (0, 2, 1)
 
 
@@ -43,11 +45,12 @@ def export(
 ) -> Any:
     """``torch.onnx.export(model, args, f, dynamo=True, ...)`` for a model that contains layers of this package.
 
-    A layer becomes one operator ``LSTM``, with ``lengths`` as its ``sequence_lens``, with its peepholes, activations,
-    coupled gates and ``preactivation_clip``. One with a projection, ``resets``, ``zoneout``, ``layer_norm``,
-    ``cell_clip``, ``return_cell_states`` or ``return_gates`` becomes a ``Scan`` for each direction, which takes any
-    number of steps as well. The file holds the weights in the gates' order of ONNX. Everything else is as in
-    ``torch.onnx.export``; as there, ``dynamic_shapes`` has to name a batch size and a sequence length that may change::
+    A layer becomes one operator ``LSTM`` or ``GRU``, with ``lengths`` as its ``sequence_lens``, with its peepholes,
+    activations, coupled gates and ``preactivation_clip``. One with a projection, ``resets``, ``zoneout``,
+    ``layer_norm``, ``cell_clip``, ``return_cell_states`` or ``return_gates`` becomes a ``Scan`` for each direction,
+    which takes any number of steps as well. The file holds the weights in the gates' order of ONNX. Everything else is
+    as in ``torch.onnx.export``; as there, ``dynamic_shapes`` has to name a batch size and a sequence length that may
+    change::
 
         batch, time = torch.export.Dim("batch"), torch.export.Dim("time")
         lstm_ext.onnx.export(model.eval(), (x,), "model.onnx", dynamic_shapes=({0: batch, 1: time},))
@@ -138,10 +141,6 @@ def _translated_layer(
             "lstm_ext.onnx: a PackedSequence cannot be exported to ONNX: give the layer padded sequences"
         )
     given = LayerOptions(**{name: value for name, value in options.items() if value is not None})
-    if given.gru:
-        raise UnsupportedLayerError(
-            "lstm_ext.onnx: a GRU of this package cannot be exported to ONNX: export torch's, with its state dict"
-        )
     for name, option in OPTIONS.items():
         if option.field and not option.onnx and getattr(given, name):
             raise UnsupportedLayerError(f"lstm_ext.onnx: {name} cannot be exported to ONNX")
@@ -193,9 +192,10 @@ def _node(call: LayerCall) -> tuple[Any, ...]:
     from onnxscript import ir
     from onnxscript import opset18 as op
 
+    gates, kind = (_GRU_GATES, "a GRU") if call.options.gru else (_GATES, "an LSTM")
     if call.input.dtype == ir.DataType.DOUBLE:
         warnings.warn(
-            "lstm_ext.onnx: ONNX Runtime refuses an LSTM of float64, which the standard has: export the layer with "
+            f"lstm_ext.onnx: ONNX Runtime refuses {kind} of float64, which the standard has: export the layer with "
             "loops=True, or in float32, if ONNX Runtime is to run it",
             stacklevel=2,
         )
@@ -214,7 +214,7 @@ def _node(call: LayerCall) -> tuple[Any, ...]:
 
     biases = peepholes = lengths = None
     if call.bias:
-        biases = reordered([b for pair in zip(*kinds[2:], strict=True) for b in pair], _GATES, 2)
+        biases = reordered([b for pair in zip(*kinds[2:], strict=True) for b in pair], gates, 2)
     if options.peephole:
         peepholes = reordered(options.peephole, _PEEPHOLES, 1)
     if options.lengths is not None:
@@ -231,19 +231,14 @@ def _node(call: LayerCall) -> tuple[Any, ...]:
         attributes["clip"] = float(options.preactivation_clip)
     if options.coupled_gates:
         attributes["input_forget"] = 1
-    output, h_n, c_n = op.LSTM(
-        call.input,
-        reordered(kinds[0], _GATES, 1, features),
-        reordered(kinds[1], _GATES, 1, hidden),
-        biases,
-        lengths,
-        call.h0,
-        call.c0,
-        peepholes,
-        direction="bidirectional" if call.bidirectional else "forward",
-        hidden_size=hidden,
-        **attributes,
-    )
+    attributes["direction"] = "bidirectional" if call.bidirectional else "forward"
+    matrices = reordered(kinds[0], gates, 1, features), reordered(kinds[1], gates, 1, hidden)
+    arguments = (call.input, *matrices, biases, lengths, call.h0)
+    c_n = None
+    if options.gru:
+        output, h_n = op.GRU(*arguments, hidden_size=hidden, linear_before_reset=1, **attributes)
+    else:
+        output, h_n, c_n = op.LSTM(*arguments, call.c0, peepholes, hidden_size=hidden, **attributes)
     if options.lengths is not None:
         # Runtimes have zeros for a sequence without a step, and here it keeps its state.
         empty = op.Equal(options.lengths, op.Constant(value_int=0))
@@ -267,20 +262,19 @@ def _scans(call: LayerCall) -> tuple[Any, ...]:
         parts = [op.Unsqueeze(part, op.Constant(value_ints=[0])) for part in parts]
         return op.Concat(*parts, axis=0) if directions == 2 else parts[0]
 
-    outputs, h_n, c_n, *extras = zip(*found, strict=True)
+    outputs, *others = zip(*found, strict=True)
     output = op.Concat(*outputs, axis=-1) if directions == 2 else outputs[0]
-    cells, gates = [None if parts[0] is None else joined(parts) for parts in extras]
-    return output, joined(h_n), joined(c_n), cells, gates
+    return output, *[None if parts[0] is None else joined(parts) for parts in others]
 
 
 def _scan(call: LayerCall, d: int) -> tuple[Any, ...]:
-    """A direction: output (T, B, P), h_n and c_n (B, ...), and the cell states and gate values, or None."""
+    """A direction: output (T, B, P), h_n and c_n (B, ...), cell states and gate values; None for what it lacks."""
     from onnxscript import evaluator, ir
     from onnxscript import opset18 as op
 
     x, options = call.input, call.options
     w_ih, w_hh, b_ih, b_hh, w_hr, norm, peephole = direction_of(call, d)
-    sizes = w_hh.shape[1], w_hh.shape[0] // 4
+    sizes = (w_hh.shape[1],) if options.gru else (w_hh.shape[1], w_hh.shape[0] // 4)
     dtype = ir.DataType.FLOAT if x.dtype is None else x.dtype
 
     def transposed(weight: Any) -> Any:
@@ -295,16 +289,16 @@ def _scan(call: LayerCall, d: int) -> tuple[Any, ...]:
         op.Expand(zero, op.Concat(size, op.Constant(value_ints=[features]), axis=0))
         if given is None
         else of_direction(given)
-        for given, features in zip((call.h0, call.c0), sizes, strict=True)
+        for given, features in zip((call.h0, call.c0), sizes, strict=False)
     ]
     # The states of resets are carried along, because OpenVINO takes no results of other nodes in a body.
     if options.reset_h is not None:
-        initial += [of_direction(options.reset_h), of_direction(options.reset_c)]
+        initial += [of_direction(given) for given in (options.reset_h, options.reset_c)[: len(sizes)]]
     products = op.MatMul(x, transposed(w_ih))
     if norm:
         products = _normalised(products, norm[0], b_ih)
     elif b_ih is not None:
-        products = op.Add(products, op.Add(b_ih, b_hh))
+        products = op.Add(products, b_ih if options.gru else op.Add(b_ih, b_hh))
     recurrent, projection = transposed(w_hh), None if w_hr is None else transposed(w_hr)
     scanned = [products, *_flags_of_steps(call, d)]
     inputs, results, body = _body(options, dtype, sizes, recurrent, projection, norm, b_hh, peephole)
@@ -323,8 +317,8 @@ def _scan(call: LayerCall, d: int) -> tuple[Any, ...]:
     evaluator.default().nodes.append(node)
     for value in node.outputs:
         value.dtype = dtype
-    h_n, c_n, *rest = node.outputs
-    output, *extras = rest[len(initial) - 2 :]
+    h_n, c_n = (*node.outputs[: len(sizes)], None)[:2]
+    output, *extras = node.outputs[len(initial) :]
     cells = extras.pop(0) if options.return_cell_states else None
     return output, h_n, c_n, cells, extras[0] if options.return_gates else None
 
@@ -357,7 +351,7 @@ def _flags_of_steps(call: LayerCall, d: int) -> list[Any]:
 def _body(
     options: LayerOptions,
     dtype: Any,
-    sizes: tuple[int, int],
+    sizes: tuple[int, ...],
     recurrent: Any,
     projection: Any,
     norm: Sequence[Any],
@@ -383,29 +377,34 @@ def _body(
     recorder = evaluator.default()
     outer, recorder.nodes = recorder.nodes, []
     try:
-        h, c = [entry(features) for features in sizes]
+        states = [entry(features) for features in sizes]
         carried = [entry(features) for features in sizes] if options.reset_h is not None else []
-        inputs = [h, c, *carried, z := entry(4 * sizes[1])]
+        inputs = [*states, *carried, z := entry((3 if options.gru else 4) * sizes[-1])]
         if options.resets is not None:
             inputs.append(cut := entry(1, ir.DataType.BOOL))
             into = carried or [number(0.0)] * 2
-            h, c = op.Where(cut, into[0], h), op.Where(cut, into[1], c)
+            states = [op.Where(cut, new, old) for new, old in zip(into, states, strict=False)]
         counts = None
         if options.lengths is not None:
             inputs.append(counts := entry(1, ir.DataType.BOOL))
-        product = op.MatMul(h, recurrent)
-        z = op.Add(z, _normalised(product, norm[1], b_hh) if norm else product)
-        new_h, new_c, *gates = _cell(options, norm, peephole, number, z, c)
-        new_h = new_h if projection is None else op.MatMul(new_h, projection)
-        new_c, new_h = mixed(new_c, c, options.zoneout_c), mixed(new_h, h, options.zoneout_h)
+        product = op.MatMul(states[0], recurrent)
+        if options.gru:
+            new = [_gru(z, product if b_hh is None else op.Add(product, b_hh), states[0])]
+        else:
+            z = op.Add(z, _normalised(product, norm[1], b_hh) if norm else product)
+            h, c, *gates = _cell(options, norm, peephole, number, z, states[1])
+            new = [h if projection is None else op.MatMul(h, projection), c]
+        shares = options.zoneout_h, options.zoneout_c
+        new = [mixed(y, old, share) for y, old, share in zip(new, states, shares, strict=False)]
 
         def unless_ended(y: Any, otherwise: Any) -> Any:
             return y if counts is None else op.Where(counts, y, otherwise)
 
         zero = None if counts is None else number(0.0)
-        results = [unless_ended(new_h, h), unless_ended(new_c, c), *carried, unless_ended(new_h, zero)]
+        results = [unless_ended(y, old) for y, old in zip(new, states, strict=True)]
+        results += [*carried, unless_ended(new[0], zero)]
         if options.return_cell_states:
-            results.append(unless_ended(new_c, zero))
+            results.append(unless_ended(new[1], zero))
         if options.return_gates:
             last = op.Constant(value_ints=[-1])
             values = op.Concat(*[op.Unsqueeze(y, last) for y in gates], axis=-1)
@@ -450,6 +449,16 @@ def _cell(
     o = gate(bounded(o, options.preactivation_clip))
     seen = _normalised(c, norm[2], norm[3] if len(norm) == 4 else None) if norm else c
     return op.Mul(o, visible(seen)), c, i, f, g, o
+
+
+def _gru(from_input: Any, from_state: Any, h: Any) -> Any:
+    """The cell of a GRU: h_t."""
+    from onnxscript import opset18 as op
+
+    x, y = op.Split(from_input, num_outputs=3, axis=-1), op.Split(from_state, num_outputs=3, axis=-1)
+    r, z = op.Sigmoid(op.Add(x[0], y[0])), op.Sigmoid(op.Add(x[1], y[1]))
+    n = op.Tanh(op.Add(x[2], op.Mul(r, y[2])))
+    return op.Add(n, op.Mul(z, op.Sub(h, n)))
 
 
 def _normalised(y: Any, gain: Any, shift: Any) -> Any:
@@ -531,7 +540,7 @@ def _fold_weights(model: Any) -> None:
     before = [
         value.producer()
         for node in model.graph.all_nodes()
-        if node.op_type == "LSTM" and node.domain == ""
+        if node.op_type in ("LSTM", "GRU") and node.domain == ""
         for value in (*node.inputs[1:4], *node.inputs[7:8])
         if value is not None
     ]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..layer.activations import Activation, activation_text, split_text
 from .frozen import freeze
+from .gru import GRU
 from .lstm import LSTM, activations_of
 
 Arrays = Mapping[str, Any]
@@ -28,19 +29,21 @@ PEEPHOLES = ("weight_ci", "weight_cf", "weight_co")
 
 @dataclass
 class Direction:
-    """A direction of a layer: weights (4H, features) with the gates i, f, g, o."""
+    """A direction of a layer: weights (4H, features) with the gates i, f, g, o; of a GRU (3H, features), r, z, n."""
 
     weight_ih: Tensor
     weight_hh: Tensor
-    bias: Tensor | None
+    bias: Tensor | None  # bias_ih
     weight_hr: Tensor | None = None
     peepholes: tuple[Tensor, Tensor, Tensor] | None = None  # i, f and o
+    bias_hh: Tensor | None = None  # None for zeros
+    gates: int = 4
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         """Input, hidden units, and those of the projection or 0."""
         projected = 0 if self.weight_hr is None else self.weight_hr.size(0)
-        return self.weight_ih.size(1), self.weight_ih.size(0) // 4, projected
+        return self.weight_ih.size(1), self.weight_ih.size(0) // self.gates, projected
 
 
 class Source:
@@ -96,20 +99,23 @@ class Source:
 
     def gates(self, x: Tensor) -> Tensor:
         """Blocks along the first axis, one a gate, in torch's order."""
-        blocks = dict(zip(self.order, x.chunk(4), strict=True))
-        return torch.cat([blocks[gate] for gate in "ifgo"])
+        blocks = dict(zip(self.order, x.chunk(len(self.order)), strict=True))
+        return torch.cat([blocks[gate] for gate in ("ifgo" if len(self.order) == 4 else "rzn")])
 
     def refuse(self, what: str) -> ValueError:
         return ValueError(f"{self.function}: {what}")
 
     def matrices(self, kernel: Any, recurrent: Any, bias: Any, names: Sequence[str]) -> Direction:
-        """From (features, 4H), (H, 4H) and (4H) or None."""
-        U = self.array(recurrent, names[1], None, None)
-        if U.size(1) != 4 * U.size(0):
-            raise self.refuse(f"{names[1]}: expected shape (H, 4 H), got {tuple(U.shape)}")
+        """From (features, 4H), (H, 4H) and (4H) or None; of a GRU (features, 3H), (H, 3H) and (2, 3H) or None."""
+        U, count = self.array(recurrent, names[1], None, None), len(self.order)
+        if U.size(1) != count * U.size(0):
+            raise self.refuse(f"{names[1]}: expected shape (H, {count} H), got {tuple(U.shape)}")
         W = self.array(kernel, names[0], None, U.size(1))
-        b = None if bias is None else self.gates(self.array(bias, names[2], U.size(1)))
-        return Direction(self.gates(W.T), self.gates(U.T), b)
+        if count == 4 or bias is None:
+            b = None if bias is None else self.gates(self.array(bias, names[2], U.size(1)))
+            return Direction(self.gates(W.T), self.gates(U.T), b, gates=count)
+        b, b_hh = map(self.gates, self.array(bias, names[2], 2, U.size(1)))
+        return Direction(self.gates(W.T), self.gates(U.T), b, bias_hh=b_hh, gates=3)
 
     def joint(self, kernel: Any, bias: Any, names: Sequence[str], projection: Any = None) -> Direction:
         """From one (features + P, 4H) of input and state, (4H) and (H, P) or None."""
@@ -131,8 +137,8 @@ class Source:
         direction.bias[hidden : 2 * hidden] += value
         return direction
 
-    def layer(self, stack: Sequence[Sequence[Direction]], batch_first: bool, **options: Any) -> LSTM:
-        """A layer with these parameters, of one direction or two for each of the stack."""
+    def layer(self, stack: Sequence[Sequence[Direction]], batch_first: bool, **options: Any) -> Any:
+        """A layer with these parameters, an LSTM or a GRU, of one direction or two for each of the stack."""
         if not stack:
             raise self.refuse("expected at least one layer, got none")
         first = stack[0][0]
@@ -148,11 +154,14 @@ class Source:
         everywhere = [direction for directions in stack for direction in directions]
         bias = any(direction.bias is not None for direction in everywhere)
         peephole = any(direction.peepholes is not None for direction in everywhere)
-        module = LSTM(
+        kind: Any = GRU
+        if first.gates == 4:
+            kind, options = LSTM, {**options, "proj_size": projected, "peephole": peephole}
+        module = kind(
             features, hidden, len(stack), bias=bias, batch_first=batch_first, bidirectional=len(stack[0]) == 2,
-            proj_size=projected, device="meta", peephole=peephole, **options,
+            device="meta", **options,
         )  # fmt: skip
-        zeros = first.weight_ih.new_zeros
+        zeros, rows = first.weight_ih.new_zeros, first.gates * hidden
         for k, directions in enumerate(stack):
             for direction, suffix in zip(directions, ("", "_reverse"), strict=False):
                 values: dict[str, Tensor | None] = {
@@ -161,8 +170,8 @@ class Source:
                     "weight_hr": direction.weight_hr,
                 }
                 if bias:
-                    values["bias_ih"] = zeros(4 * hidden) if direction.bias is None else direction.bias
-                    values["bias_hh"] = zeros(4 * hidden)
+                    values["bias_ih"] = zeros(rows) if direction.bias is None else direction.bias
+                    values["bias_hh"] = zeros(rows) if direction.bias_hh is None else direction.bias_hh
                 if peephole:
                     values |= zip(PEEPHOLES, direction.peepholes or (zeros(hidden),) * 3, strict=True)
                 for name, value in values.items():
@@ -192,7 +201,8 @@ _IN_KERAS: dict[str, tuple[tuple[float, ...], ...]] = {
 }
 
 
-_KERAS = Source("from_keras", "ifgo")
+_KERAS, _KERAS_GRU = Source("from_keras", "ifgo"), Source("from_keras", "zrn")
+_PLAIN_FUNCTIONS = {"gate_activation": "sigmoid", "cell_activation": "tanh"}
 _KERAS_ARRAYS = ("kernel", "recurrent_kernel", "bias")
 
 
@@ -201,7 +211,11 @@ def _keras_directions(weights: Sequence[Any]) -> list[Direction]:
         raise _KERAS.refuse(f"expected 2, 3, 4 or 6 arrays, got {len(weights)}")
     each = 2 if len(weights) in (2, 4) else 3
     parts = [[*weights[k : k + each], None][:3] for k in range(0, len(weights), each)]
-    return [_KERAS.matrices(kernel, recurrent, bias, _KERAS_ARRAYS) for kernel, recurrent, bias in parts]
+    rows, columns = (*getattr(weights[1], "shape", ()), 0, 0)[:2]
+    read = _KERAS_GRU if rows and columns == 3 * rows else _KERAS
+    if read is _KERAS_GRU and any(getattr(bias, "ndim", 2) == 1 for _, _, bias in parts):
+        raise read.refuse("reset_after=False: this layer multiplies by the reset gate after the product only")
+    return [read.matrices(kernel, recurrent, bias, _KERAS_ARRAYS) for kernel, recurrent, bias in parts]
 
 
 def keras_activation(found: Any, name: str) -> Activation:
@@ -246,11 +260,15 @@ def _keras_layers(layer: Any) -> tuple[list[Any], dict[str, Any]]:
         kind, cell = type(one).__name__, type(getattr(one, "cell", None)).__name__
         if kind == "RNN":
             raise _KERAS.refuse(
-                f"expected layers of the class LSTM, got RNN of {cell}: from_keras takes the get_weights() of one "
-                "LSTMCell, with its activations as gate_activation and cell_activation"
+                f"expected layers of the class LSTM, or of GRU, got RNN of {cell}: from_keras takes the get_weights() "
+                "of one LSTMCell, with its activations as gate_activation and cell_activation"
             )
-        if kind != "LSTM":
-            raise _KERAS.refuse(f"expected layers of the class LSTM, got {kind}")
+        if kind not in ("LSTM", "GRU") or kind != type(inner[0]).__name__:
+            raise _KERAS.refuse(f"expected layers of the class LSTM, or of GRU, got {kind}")
+        if kind == "GRU" and not one.reset_after:
+            raise _KERAS.refuse(
+                "reset_after=False: this layer multiplies by the reset gate after the product only"
+            )
     found = _keras_settings(inner[0])
     if len(inner) == 2 and _keras_settings(inner[1], back=True) != found:
         raise _KERAS.refuse("a Bidirectional whose layers differ in their activations")
@@ -263,29 +281,30 @@ def from_keras(
     gate_activation: Activation | None = None,
     cell_activation: Activation | None = None,
     batch_first: bool | None = None,
-) -> LSTM:
-    """A layer with the weights of ``keras.layers.LSTM``, of Keras 2 or 3 on any backend, or ``tf.keras``.
+) -> LSTM | GRU:
+    """A layer with the weights of ``keras.layers.LSTM`` or ``GRU``, of Keras 2 or 3 on any backend, or ``tf.keras``.
 
     Keras returns the last output unless ``return_sequences`` is set: here that is h_n.
 
     Args:
-        source: a built ``LSTM``, a ``Bidirectional`` of one, or a sequence of such layers, which becomes a stack; or
-            the list of arrays that ``get_weights()`` gives: kernel (I, 4H), recurrent_kernel (H, 4H) and, unless
-            ``use_bias=False``, bias (4H), gates in the order i, f, c, o, and the same again for the way back.
+        source: a built ``LSTM`` or ``GRU``, a ``Bidirectional`` of one, or a sequence of such layers, which becomes a
+            stack; or the list of arrays that ``get_weights()`` gives: kernel (I, 4H), recurrent_kernel (H, 4H) and,
+            unless ``use_bias=False``, bias (4H), gates in the order i, f, c, o, and the same again for the way back;
+            of a GRU kernel (I, 3H), recurrent_kernel (H, 3H) and bias (2, 3H), gates in the order z, r, h.
         gate_activation, cell_activation: ``recurrent_activation`` and ``activation`` of Keras, as in
             :class:`lstm_ext.LSTM`. Arrays alone do not tell them: None stands for sigmoid and tanh there, and for the
             layer's own where a layer is given.
         batch_first: as in :class:`lstm_ext.LSTM`; None for the layer's own (``time_major`` of Keras 2), or Keras'.
 
     Returns:
-        a layer with new parameters and the activations of Keras' layer. The bias becomes ``bias_ih``; ``bias_hh`` is
-        zero. Dropout is left out, with a warning.
+        a layer with new parameters and the activations of Keras' layer: a :class:`lstm_ext.GRU` where the arrays are
+        those of one. The bias of an LSTM becomes ``bias_ih``; ``bias_hh`` is zero. Dropout is left out, with a warning.
 
     Raises:
         TypeError: an array that is none; a path.
         ValueError: a shape that does not fit; an activation that is not the layer's; or what this layer does not have,
             by its name in Keras: an activation that ONNX's LSTM does not have, ``go_backwards``, a ``merge_mode`` other
-            than concat, a layer of another class.
+            than concat, a layer of another class; of a GRU ``reset_after=False`` and other activations.
     """
     if isinstance(source, (str, os.PathLike)):
         raise TypeError(
@@ -319,7 +338,14 @@ def from_keras(
     for name, value in given.items() if found else ():
         if activation_text(*(found | {name: value}).values()) != activation_text(*found.values()):
             raise _KERAS.refuse(f"{name}: expected None or that of the layer, {found[name]!r}, got {value!r}")
-    made = _KERAS.layer(stack, not time_major if batch_first is None else batch_first, **found | given)
+    options = found | given
+    if stack and stack[0] and stack[0][0].gates == 3:
+        if activation_text(*(options.get(n, d) for n, d in _PLAIN_FUNCTIONS.items())):
+            raise _KERAS.refuse(
+                "a GRU with other activations than sigmoid and tanh, which this layer does not have"
+            )
+        options = {}
+    made = _KERAS.layer(stack, not time_major if batch_first is None else batch_first, **options)
     if dropped:
         warnings.warn(
             f"from_keras: {', '.join(dropped)}: left out, so the new layer has Keras' values in inference only",
