@@ -23,7 +23,8 @@ import torch
 
 from . import reference
 from .layer import cuda_kernels, trial
-from .layer.trial import CASES, TF32_EPS, TRIED_CASES, Case, Problem, Results, Verdict, errors
+from .layer.layer_call import LayerOptions
+from .layer.trial import CASES, GRU_CASES, TF32_EPS, TRIED_CASES, Case, Problem, Results, Verdict, errors
 from .native import config, loader, selftest_record
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -33,15 +34,20 @@ CAPTURED = ("packed, bidirectional, projection", "bidirectional")
 
 def compute(problem: Problem, layer: Callable[..., Any]) -> Results:
     """The results of inference, the results of training, and the gradients."""
+    layer = functools.partial(layer, gru=True) if problem.case.gru else layer
     with torch.no_grad():
         inference = problem.values(layer)
     names = ("output", "h_n", "c_n")
-    results = {f"{name} in inference": t for name, t in zip(names, inference, strict=True)}
+    results = {f"{name} in inference": t for name, t in zip(names, inference, strict=False)}
     return results | problem.compute(layer)
 
 
-def _operator(*arguments: Any) -> Any:
-    return torch.ops.lstm_ext.lstm_layer(*arguments)[:3]  # without options it has no other results
+def _operator(*arguments: Any, **options: Any) -> Any:
+    return torch.ops.lstm_ext.lstm_layer(*arguments, **options)[:3]  # without options it has no other results
+
+
+def _reference(*arguments: Any, **options: Any) -> Any:
+    return reference.lstm_layer(*arguments, LayerOptions(**options))[:3]
 
 
 @functools.cache
@@ -53,8 +59,8 @@ def _expected(case: Case, dtype: torch.dtype) -> tuple[Results, dict[str, float]
     # Products are small: on a busy machine, threads that wait for each other are far slower.
     torch.set_num_threads(1)
     try:
-        expected = compute(exact, reference.lstm_layer)
-        return expected, errors(compute(rounded, reference.lstm_layer), expected)
+        expected = compute(exact, _reference)
+        return expected, errors(compute(rounded, _reference), expected)
     finally:
         torch.set_num_threads(threads)
 
@@ -155,7 +161,7 @@ def cpu_checks() -> Iterator[Check]:
     try:
         for capability in module.cpu_capabilities():
             module.set_cpu_capability(capability)
-            for dtype, case in itertools.product(DTYPES, CASES):
+            for dtype, case in itertools.product(DTYPES, (*CASES, *GRU_CASES)):
                 yield _check(capability, case, dtype, torch.device("cpu"))
     finally:
         module.set_cpu_capability(before)

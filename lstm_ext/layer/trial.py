@@ -28,6 +28,7 @@ class Case:
     states: bool = True  # whether h0 and c0 are given
     batch_first: bool = False  # layout in memory; the operators get a transposed view
     options: bool = False  # lengths, a recurrent mask and zoneout, at a first use only
+    gru: bool = False
 
 
 PACKED = (9, 9, 6, 4, 1)
@@ -44,6 +45,11 @@ CASES = (
     Case("bidirectional", bidirectional=True),
     Case("projection", proj_size=10),
     Case("packed, bidirectional, projection", lengths=PACKED, bidirectional=True, proj_size=10),
+)
+# There are no kernels of a GRU for CUDA.
+GRU_CASES = (
+    Case("GRU", batch=18, hidden_size=67, gru=True),
+    Case("GRU, packed, bidirectional, no biases", lengths=PACKED, bidirectional=True, bias=False, gru=True),
 )
 # A first use tries these, and so does a selftest on a GPU: its kernels divide the work in each of these ways.
 TRIED_CASES = (
@@ -75,6 +81,7 @@ class Problem:
         # torch's random state stays as it is.
         generator, wide = torch.Generator().manual_seed(7), torch.promote_types(dtype, torch.float32)
         hidden, state = case.hidden_size, case.proj_size or case.hidden_size
+        gates, states = (3, ["h0"]) if case.gru else (4, ["h0", "c0"])
         directions, held = 2 if case.bidirectional else 1, torch.float64 if in_float64 else dtype
 
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -88,16 +95,17 @@ class Problem:
             self.batch_sizes, rows = torch.tensor(at_once, device="cpu"), (sum(at_once),)
         self.numbers = {"input": draw(*rows, case.input_size)}
         if case.states:
-            self.numbers |= {"h0": draw(directions, batch, state), "c0": draw(directions, batch, hidden)}
+            sizes = (directions, batch, state), (directions, batch, hidden)
+            self.numbers |= {name: draw(*n) for name, n in zip(states, sizes, strict=False)}
         for suffix in ("", "_reverse")[:directions]:
-            shapes = {"weight_ih": (4 * hidden, case.input_size), "weight_hh": (4 * hidden, state)}
+            shapes = {"weight_ih": (gates * hidden, case.input_size), "weight_hh": (gates * hidden, state)}
             if case.bias:
-                shapes |= {"bias_ih": (4 * hidden,), "bias_hh": (4 * hidden,)}  # type: ignore[dict-item]
+                shapes |= {"bias_ih": (gates * hidden,), "bias_hh": (gates * hidden,)}  # type: ignore[dict-item]
             if case.proj_size:
                 shapes["weight_hr"] = (state, hidden)
             self.numbers |= {name + suffix: draw(*n, scale=hidden**-0.5) for name, n in shapes.items()}
-        sizes = ((*rows, directions * state), (directions, batch, state), (directions, batch, hidden))
-        self.grads = [draw(*n) for n in sizes]
+        of_results = ((*rows, directions * state), (directions, batch, state), (directions, batch, hidden))
+        self.grads = [draw(*n) for n in of_results[: 1 + len(states)]]
         self.options: dict[str, Any] = {}
         if case.options:
             mask = torch.rand(directions, batch, state, generator=generator, device="cpu") < 0.7
@@ -124,7 +132,7 @@ class Problem:
 
     def values(self, layer: Callable[..., Any]) -> list[Tensor]:
         output, *states = layer(*self.call(self.leaves))
-        return [output.transpose(0, 1) if self.case.batch_first else output, *states]
+        return [output.transpose(0, 1) if self.case.batch_first else output, *states][: len(self.grads)]
 
     def compute(self, layer: Callable[..., Any]) -> Results:
         """The results and the gradients by autograd."""
@@ -133,7 +141,7 @@ class Problem:
         return self.named([t.detach() for t in results], gradients)
 
     def named(self, results: Iterable[Tensor], gradients: Iterable[Tensor]) -> Results:
-        found = dict(zip(("output", "h_n", "c_n"), results, strict=True))
+        found = dict(zip(("output", "h_n", "c_n"), results, strict=False))
         return found | {f"grad of {n}": g for n, g in zip(self.leaves, gradients, strict=True)}
 
 

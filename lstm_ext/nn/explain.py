@@ -12,7 +12,7 @@ from ..call import cuda_choice
 from ..layer import cuda_kernels, route
 from ..native import config, loader
 from ..options import OPTIONS
-from .lstm import LSTM
+from .recurrent import RecurrentLayer
 
 
 class Explanation(str):
@@ -31,7 +31,7 @@ def explain(
     """Says in words which kernels would compute a layer for an input of this shape, and why. Nothing is computed.
 
     Args:
-        module: an ``LSTM`` or ``LSTMCell``, of torch or of this package.
+        module: an LSTM, a GRU or a cell of these, of torch or of this package.
         input_shape: (T, B, I), or (B, T, I) with ``batch_first``, or (T, I); of a cell (B, I) or (I).
         device: one of torch's ("cpu", "cuda:1", "mps"), or the name of a GPU that is not here: A100, A30, A10,
             RTX 3090, L4, RTX 4090, H100, H200, B200, RTX 5090. None is the device of the parameters. Nothing has been
@@ -45,7 +45,7 @@ def explain(
         csrc/cuda/gpu_plan.h.
 
     Raises:
-        TypeError: ``module`` is no LSTM.
+        TypeError: ``module`` is no such layer.
         ValueError: another argument does not fit.
     """
     data = _data(module, input_shape, device, dtype)
@@ -94,8 +94,10 @@ def _data(
         }
         if extension is None:
             of_layer = _without_kernels(module, str(loader.status().reason))
-        elif facts is None and name != "cpu":
-            of_layer = _without_kernels(module, f"there are no kernels for {name}")
+        elif name != "cpu" and (facts is None or _is_gru(module)):
+            of_layer = _without_kernels(
+                module, f"there are no kernels {'of a GRU ' * _is_gru(module)}for {name}"
+            )
         elif facts is None:
             of_layer = _on_cpu(extension, module, sizes, dtype)
         else:
@@ -106,11 +108,9 @@ def _data(
 
 def _steps_and_batch(module: Any, shape: tuple[int, ...]) -> tuple[int, int]:
     is_cell = isinstance(module, nn.RNNCellBase)
-    is_layer = isinstance(module, nn.RNNBase) and module.mode == "LSTM"
-    if not is_layer and not (
-        is_cell and getattr(module, "weight_ih", torch.empty(0)).shape[:1] == (4 * module.hidden_size,)
-    ):
-        raise TypeError(f"module: expected an LSTM or LSTMCell, got {type(module).__name__}")
+    is_layer = isinstance(module, nn.RNNBase) and module.mode in ("LSTM", "GRU")
+    if not is_layer and not (is_cell and _gates(module) in (3, 4)):
+        raise TypeError(f"module: expected an LSTM, a GRU or a cell of these, got {type(module).__name__}")
     wanted = "(B, I) or (I)" if is_cell else "(T, B, I), (B, T, I) with batch_first, or (T, I)"
     if len(shape) not in ((1, 2) if is_cell else (2, 3)) or min(shape) < 1 or shape[-1] != module.input_size:
         raise ValueError(
@@ -121,6 +121,14 @@ def _steps_and_batch(module: Any, shape: tuple[int, ...]) -> tuple[int, int]:
     if len(shape) == 2:
         return shape[0], 1
     return (shape[1], shape[0]) if module.batch_first else (shape[0], shape[1])
+
+
+def _gates(cell: Any) -> float:
+    return getattr(cell, "weight_ih", torch.empty(0)).size(0) / (cell.hidden_size or 1)
+
+
+def _is_gru(module: Any) -> bool:
+    return _gates(module) == 3 if isinstance(module, nn.RNNCellBase) else module.mode == "GRU"
 
 
 def _device(
@@ -155,12 +163,12 @@ def _device(
 
 def _has_no_options(module: nn.Module) -> bool:
     """Whether torch's operator computes it. A layer of torch stands for what `convert` makes of it."""
-    return not isinstance(module, LSTM) or not (module._frozen or module._requested)
+    return not isinstance(module, RecurrentLayer) or not (module._frozen or module._requested)
 
 
 def _options(module: nn.Module) -> list[str]:
     """Those that change a call."""
-    return list(module._requested or ()) if isinstance(module, LSTM) else []
+    return list(module._requested or ()) if isinstance(module, RecurrentLayer) else []
 
 
 def _by_torch(module: nn.Module) -> dict[str, Any]:
@@ -313,5 +321,6 @@ def _how_weights_are_read(module: Any, plan: dict[str, Any]) -> str:
 
 def _is_plain(module: Any) -> bool:
     """Whether it is a layer that `route.prefers_torch` may give to torch's operator."""
-    is_cell = isinstance(module, nn.RNNCellBase)
-    return not is_cell and not module.bidirectional and not module.proj_size and _has_no_options(module)
+    if isinstance(module, nn.RNNCellBase) or module.mode == "GRU":
+        return False
+    return not module.bidirectional and not module.proj_size and _has_no_options(module)
