@@ -77,6 +77,9 @@ CASES = {
     "GRU, last output": Case({"use_bias": False, "go_backwards": True}, "GRU"),
     "GRU, float64": Case({**BOTH, "go_backwards": True}, "GRU", dtype="float64"),
     "GRU, dropout": Case({**BOTH, "dropout": 0.4}, "GRU", training=True),
+    "GRU, mask": Case(BOTH, "GRU", mask=0.6, states=True),
+    "GRU, both directions, mask": Case({}, "GRU", mask=0.6, wrapper="Bidirectional", calls=2),
+    "GRU, stateful": Case({**BOTH, "stateful": True}, "GRU", calls=2),
 }
 CASES |= {
     name: Case({**BOTH, "activation": name, "recurrent_activation": "hard_sigmoid"})
@@ -182,7 +185,7 @@ KERAS_WAY = {
     "the activation tanh": Case({"activation": user_function}),  # by its name only
     "few steps for the size of the kernels": Case(),
     "cells of the class SimpleRNNCell": Case(kind="SimpleRNN"),
-    "a GRU with a mask or other activations": Case(BOTH, "GRU", mask=0.6),
+    "a GRU with other activations": Case({**BOTH, "activation": "relu"}, "GRU"),
     "a GRU with reset_after=False": Case({"reset_after": False}, "GRU"),
 }
 

@@ -321,13 +321,13 @@ def test_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "H100"])
 @pytest.mark.parametrize(
-    "make", [nn.LSTM, nn.LSTMCell, functools.partial(nn.LSTM, num_layers=2, dropout=0.1)]
+    "make", [nn.LSTM, nn.LSTMCell, functools.partial(nn.LSTM, num_layers=2, dropout=0.1), nn.GRU, nn.GRUCell]
 )
 def test_a_layer_of_torch_is_explained_as_what_it_becomes(
     make: Callable[..., nn.Module], device: str
 ) -> None:
     module = make(8, 16)
-    shape = (3, 8) if isinstance(module, nn.LSTMCell) else (5, 3, 8)
+    shape = (3, 8) if isinstance(module, nn.RNNCellBase) else (5, 3, 8)
     said = lstm_ext.explain(module, shape, device=device)
     assert said == lstm_ext.explain(lstm_ext.convert(module), shape, device=device)
     assert ("torch's own operator" in said) == (device == "H100")
@@ -385,7 +385,8 @@ def test_a_device_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_a_batch_there_is_one_row() -> None:
-    for module, shape, steps in ((nn.LSTMCell(8, 16), (8,), 1), (nn.LSTM(8, 16), (5, 8), 5)):
+    cells = [(cell, (8,), 1) for cell in (nn.LSTMCell(8, 16), nn.GRUCell(8, 16))]
+    for module, shape, steps in (*cells, (nn.LSTM(8, 16), (5, 8), 5), (nn.GRU(8, 16), (5, 8), 5)):
         (layer,) = lstm_ext.explain(module, shape).data["layers"]
         assert (layer["steps"], layer["batch"]) == (steps, 1)
 
@@ -393,8 +394,12 @@ def test_without_a_batch_there_is_one_row() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "said"),
     [
-        ((nn.GRU(2, 3), (4, 1, 2)), TypeError, "module: expected an LSTM or LSTMCell, got GRU"),
-        ((nn.Linear(2, 3), (4, 2)), TypeError, "module: expected an LSTM or LSTMCell, got Linear"),
+        ((nn.RNN(2, 3), (4, 1, 2)), TypeError, "module: expected an LSTM, a GRU or a cell of these, got RNN"),
+        (
+            (nn.RNNCell(2, 3), (4, 2)),
+            TypeError,
+            "module: expected an LSTM, a GRU or a cell of these, got RNNCell",
+        ),
         ((nn.LSTM(2, 3), (4, 1, 3)), ValueError, "input_shape: expected .* with I = 2 .*, got \\(4, 1, 3\\)"),
         ((nn.LSTM(2, 3), (4, 0, 2)), ValueError, "input_shape: expected"),
         ((nn.LSTMCell(2, 3), (4, 1, 2)), ValueError, "input_shape: expected \\(B, I\\) or \\(I\\)"),

@@ -141,27 +141,42 @@ def function_arguments(module: Any) -> dict[str, Any]:
     return {"weights": list(parameters.values()), **plain, **given, **own}
 
 
-def by_function(lstm: Callable[..., Any], module: Any, x: Any, hx: Any, **more: Any) -> Any:
-    return lstm(x, hx, **function_arguments(module), **more)
+def by_function(functions: Any, module: Any) -> Any:
+    """``lstm`` or ``gru`` of a Python module, with the arguments of a layer."""
+    return partial(getattr(functions, module.mode.lower()), **function_arguments(module))
+
+
+def changed(change: Callable[[Any], Any], module: Any, x: Any, hx: Any, **more: Any) -> Any:
+    """A call of what ``change`` makes of the layer: of a GRU itself, and not of the class that is judged."""
+    if not module.gru:
+        return change(module)(x, hx, **more)
+    layer = copy.copy(module)
+    layer.__class__ = lstm_ext.GRU
+    more |= {"reset_state": more["reset_state"][0]} if more.get("reset_state") else {}
+    y, h = change(layer)(x, None if hx is None else hx[0], **more)
+    return y, (h,)
 
 
 def by_cells(module: Any, x: Tensor, hx: Any) -> Any:
-    """An `LSTMCell` for each layer, which shares its parameters."""
+    """A cell for each layer, which shares its parameters."""
+    kind: Any = lstm_ext.GRUCell if module.gru else lstm_ext.LSTMCell
     x = x.transpose(0, 1) if module.batch_first and x.dim() == 3 else x
     finals = []
     for k in range(module.num_layers):
-        with mock.patch.object(lstm_ext.LSTMCell, "reset_parameters"):  # under vmap nothing may be drawn
-            cell = lstm_ext.LSTMCell(x.size(-1), module.hidden_size, module.bias, device="meta")
+        with mock.patch.object(kind, "reset_parameters"):  # under vmap nothing may be drawn
+            cell = kind(x.size(-1), module.hidden_size, module.bias, device="meta")
         shared = {name: getattr(module, f"{name}_l{k}") for name, _ in cell.named_parameters()}
-        state = None if hx is None else (hx[0][k], hx[1][k])
+        state = None if hx is None else tuple([s[k] for s in hx])
         outputs = []
         for x_t in x:
-            state = functional_call(cell, shared, (x_t, state))
+            given = state[0] if state is not None and module.gru else state
+            found = functional_call(cell, shared, (x_t, given))
+            state = (found,) if module.gru else found
             outputs.append(state[0])
         finals.append(state)
         x = torch.stack(outputs)
-    h, c = (torch.stack([state[i] for state in finals]) for i in range(2))
-    return x.transpose(0, 1) if module.batch_first and x.dim() == 3 else x, (h, c)
+    states = tuple([torch.stack(of_layers) for of_layers in zip(*finals, strict=True)])
+    return x.transpose(0, 1) if module.batch_first and x.dim() == 3 else x, states
 
 
 class _Nested:
@@ -388,13 +403,9 @@ def ahead_of_time(module: Any, x: Tensor, hx: Any, **more: Any) -> Any:
         return _results_of(torch._inductor.aoti_load_package(path)(*arguments), x)
 
 
-def frozen(module: Any, x: Any, hx: Any, **more: Any) -> Any:
-    return lstm_ext.freeze(module)(x, hx, **more)
-
-
-def converted(module: Any, x: Any, hx: Any) -> Any:
+def converted(module: Any) -> Any:
     """torch's layer with these weights, after `convert`."""
-    return lstm_ext.convert(lstm_ext.revert(copy.copy(module)))(x, hx)
+    return lstm_ext.convert(lstm_ext.revert(copy.copy(module)))
 
 
 class Holder(nn.Module):
@@ -438,14 +449,16 @@ def by_onnx_runtime(module: Any, x: Tensor, hx: Any, **more: Any) -> Any:
 
         def forward(self, *tensors: Tensor) -> Any:
             left = iter(tensors)
-            y, (h, c), *extras = self.lstm(
+            y, states, *extras = self.lstm(
                 **tree_unflatten([None if leaf is None else next(left) for leaf in leaves], form), **asked
             )
-            return y, h, c, *[e for extra in extras for e in extra if e is not None]
+            return y, *states, *[e for extra in extras for e in extra if e is not None]
 
     program = lstm_ext.onnx.export(Called(), tuple(tensors), verbose=False)
-    y, h, c, *rest = [torch.as_tensor(found) for found in program(*tensors)]
-    return y, (h, c), *([lstm_ext.LSTMExtras(*rest)] if rest else ())
+    y, *rest = [torch.as_tensor(found) for found in program(*tensors)]
+    count = 1 if module.gru else 2
+    states, rest = tuple(rest[:count]), rest[count:]
+    return y, states, *([lstm_ext.LSTMExtras(*rest)] if rest else ())
 
 
 def by_the_c_library(module: Any, x: Tensor, hx: Any) -> Any:
@@ -477,13 +490,14 @@ ROUTES: dict[str, Route] = {
             not (c.bidirectional or c.packed or draws(c)) and called_with(c) <= {"resets", "reset_state"}
         ),
     ),
-    "functional": Route(partial(by_function, functional.lstm), lambda c: c.layout != "unbatched", gru=False),
-    "reference": Route(partial(by_function, reference.lstm), lambda c: c.layout != "unbatched", gru=False),
+    "functional": Route(
+        partial(changed, partial(by_function, functional)), lambda c: c.layout != "unbatched"
+    ),
+    "reference": Route(partial(changed, partial(by_function, reference)), lambda c: c.layout != "unbatched"),
     "cells": Route(
         by_cells,
         lambda c: is_plain(c) and not (c.bidirectional or c.packed or c.proj_size or draws(c)),
         ("grad", "no_grad", "twice"),
-        gru=False,
     ),
     # torch has no second derivatives of nested tensors.
     "nested tensor": Route(
@@ -517,8 +531,8 @@ ROUTES: dict[str, Route] = {
         share=2,
         others=False,
     ),
-    "frozen": Route(frozen, lambda c: not draws(c), NO_GRADIENTS, gru=False),
-    "convert": Route(converted, is_plain, gru=False),
+    "frozen": Route(partial(changed, lstm_ext.freeze), lambda c: not draws(c), NO_GRADIENTS),
+    "convert": Route(partial(changed, converted), is_plain),
     "TorchScript": Route(scripted, lambda c: is_plain(c) and not c.packed, ("no_grad",), gru=False),
     "trace": Route(traced, lambda c: is_plain(c) and not (c.packed or draws(c)), NO_GRADIENTS),
     "ONNX Runtime": Route(
@@ -527,7 +541,6 @@ ROUTES: dict[str, Route] = {
         NO_GRADIENTS,
         tier="tools",
         dtype="float32",
-        gru=False,
     ),
     "C library": Route(
         by_the_c_library,

@@ -27,12 +27,16 @@ from torch.nn.utils import (
 )
 
 import lstm_ext
-from lstm_ext.nn.torch_lstm import PatchedLSTM, PatchedLSTMCell
+from lstm_ext.nn.torch_layers import PATCHED
 
 # --- the libraries that models are built with
 
 
 class Plain(nn.LSTM):
+    """A subclass without code."""
+
+
+class PlainGRU(nn.GRU):
     """A subclass without code."""
 
 
@@ -66,6 +70,14 @@ class Doubling(nn.LSTM):
         return self.factor * output, states
 
 
+class DoublingGRU(nn.GRU):
+    """The same of a GRU."""
+
+    def forward(self, x: Any, hx: Any = None) -> Any:
+        output, h = super().forward(x, hx)
+        return 2 * output, h
+
+
 class Halving(nn.LSTMCell):
     """A subclass of torch's cell with code of its own."""
 
@@ -81,18 +93,24 @@ class OurHalving(lstm_ext.LSTMCell):
 class Library(NamedTuple):
     LSTM: Any
     LSTMCell: Any
+    GRU: Any = lstm_ext.GRU
+    GRUCell: Any = lstm_ext.GRUCell
+
+    def of_gru(self) -> Library:
+        """The same for models that are written for LSTMs."""
+        return Library(self.GRU, self.GRUCell, self.GRU, self.GRUCell)
 
 
-TORCH = Library(nn.LSTM, nn.LSTMCell)
+TORCH = Library(nn.LSTM, nn.LSTMCell, nn.GRU, nn.GRUCell)
 OURS = Library(lstm_ext.LSTM, lstm_ext.LSTMCell)
 # Ours that are torch's to isinstance.
-SUBCLASSES = Library(lstm_ext.TorchLSTM, lstm_ext.TorchLSTMCell)
+SUBCLASSES = Library(lstm_ext.TorchLSTM, lstm_ext.TorchLSTMCell, lstm_ext.TorchGRU, lstm_ext.TorchGRUCell)
 LIBRARIES = {
     "torch": TORCH,
     "ours": OURS,
     "ours as torch's": SUBCLASSES,
-    "patched": Library(PatchedLSTM, PatchedLSTMCell),
-    "subclass of torch's": Library(Plain, nn.LSTMCell),
+    "patched": Library(**PATCHED),
+    "subclass of torch's": Library(Plain, nn.LSTMCell, PlainGRU, nn.GRUCell),
     "subclass of ours": Library(PlainOurs, lstm_ext.LSTMCell),
     "converted subclass": Library(lambda *a, **k: lstm_ext.convert(Plain(*a, **k)), lstm_ext.LSTMCell),
     "subclass with code": Library(WithCode, lstm_ext.LSTMCell),
@@ -114,7 +132,7 @@ class Tagger(nn.Module):
             ]
         )
         self.again = self.layers[0]
-        self.gru = nn.GRU(6, 6, batch_first=True)
+        self.gru = lib.GRU(6, 6, batch_first=True)
         self.out = nn.Linear(6, 5)
 
     def forward(self, x):
@@ -377,6 +395,10 @@ MODELS: dict[str, Model] = {
     "attributes": Model(with_attributes),
     "hooks": Model(with_hooks),
     "used": Model(used),
+    "a GRU": Model(lambda lib: layer_of(lib.of_gru(), num_layers=2, bidirectional=True)),
+    "a GRU cell": Model(lambda lib: cell_of(lib.of_gru()), layers=False),
+    "GRU, attributes": Model(lambda lib: with_attributes(lib.of_gru())),
+    "GRU, hooks": Model(lambda lib: with_hooks(lib.of_gru())),
     **{f"layer, {way}": Model(_computed(layer_of, way), way) for way in COMPUTED},
     **{f"cell, {way}": Model(_computed(cell_of, way), way, False) for way in COMPUTED},
 }

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrizations
 
 import lstm_ext
 from lstm_ext.native import integrations, loader
-from lstm_ext.nn.torch_lstm import PatchedLSTM
+from lstm_ext.nn.torch_layers import PATCHED
 
 T, B, I, H = 4, 2, 3, 5
 
@@ -52,7 +52,8 @@ def normed() -> nn.Module:
 
 KINDS = {
     "converted": lambda: lstm_ext.convert(nn.LSTM(I, H, 2, bidirectional=True)),
-    "patched": lambda: PatchedLSTM(I, H),
+    "patched": lambda: PATCHED["LSTM"](I, H),
+    "GRU": lambda: lstm_ext.convert(nn.GRU(I, H, 2, bidirectional=True)),
     "parametrized": normed,
     "subclass": lambda: lstm_ext.convert(Doubling(I, H), subclasses=True),
 }
@@ -84,7 +85,7 @@ def is_refused(module, x) -> bool:
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_graph_with_gradients(kind):
     model, x = Model(KINDS[kind](), KINDS[kind]()), torch.randn(T, B, I)
-    assert all(isinstance(layer, nn.LSTM) for layer in model.layers)
+    assert all(isinstance(layer, (nn.LSTM, nn.GRU)) for layer in model.layers)
     graphs, ours = Graphs(), copy.deepcopy(model)
     ours.compile(backend=graphs, fullgraph=True)
     torch.testing.assert_close(step(ours, x), step(model, x))

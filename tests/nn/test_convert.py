@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lstm_models import CONVERSIONS, SUBCLASSES, Doubling, Halving, WithCode, snapshot
+from lstm_models import CONVERSIONS, SUBCLASSES, Doubling, DoublingGRU, Halving, WithCode, snapshot
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -74,6 +74,9 @@ REFUSED = {
     "frozen": (lambda: torch.jit.freeze(with_jit(torch.jit.script)), "", "compiled by torch.jit"),
     "quantized": (lambda: quantized(nn.LSTM), ".0", r"LSTM\): a quantized layer"),
     "quantized cell": (lambda: quantized(nn.LSTMCell), ".0", r"LSTMCell\): a quantized layer"),
+    "GRU with code": (lambda: DoublingGRU(3, 4), "", r"DoublingGRU\): a subclass of torch\.nn\.GRU, .*lost; convert"),
+    "scripted GRU": (lambda: torch.jit.script(nn.Sequential(nn.GRU(3, 4))), ".0", "compiled by torch.jit"),
+    "quantized GRU": (lambda: quantized(nn.GRU), ".0", r"GRU\): a quantized layer"),
     "quantizable": (lambda: torch.ao.nn.quantizable.LSTM(3, 4), "", r"LSTM\): a quantized layer"),
     **{
         f"overrides {method}": (
@@ -84,6 +87,7 @@ REFUSED = {
         for method in UNCALLED
     },
     # of revert
+    "our GRU": (lambda: lstm_ext.GRU(3, 4, recompute=True), "", r"GRU\): it has what torch\.nn\.GRU does not have: "),
     "our subclass": (lambda: WithCode(3, 4), "", r"WithCode\): a subclass of lstm_ext\.LSTM,"),
     "our forward": (lambda: replaced(lstm_ext.LSTM(3, 4)), "", r"LSTM\): forward is replaced"),
     "our cell's forward": (lambda: replaced(lstm_ext.LSTMCell(3, 4)), "", r"LSTMCell\): forward is replaced"),
@@ -120,9 +124,9 @@ def test_refusals_name_the_module_and_change_nothing(kind: str, more: dict[str, 
 
 @pytest.mark.parametrize("way", CONVERSIONS)
 def test_what_is_not_its_business(way: str) -> None:
-    """The other package's subclasses, scripted models without an LSTM, GRUs."""
+    """The other package's subclasses, scripted models without one of these layers, other recurrent layers."""
     function, source, target = CONVERSIONS[way]
-    scripted = torch.jit.script(nn.GRU(3, 4))
+    scripted = torch.jit.script(nn.RNN(3, 4))
     other = WithCode(3, 4) if function is not lstm_ext.revert else Doubling(3, 4)
     model = nn.Sequential(source.LSTM(3, 4), scripted, other)
     function(model)

@@ -121,14 +121,16 @@ def first_names(named: dict[str, Any]) -> dict[str, str]:
 
 def check_classes(same: nn.Module, model: nn.Module, is_frozen: bool) -> None:
     for ours, theirs in zip(same.modules(), model.modules(), strict=True):
-        if not (is_frozen and isinstance(theirs, (nn.LSTM, lstm_ext.LSTM))):
+        if not (is_frozen and isinstance(theirs, (nn.LSTM, nn.GRU, lstm_ext.LSTM, lstm_ext.GRU))):
             assert type(ours) is type(theirs)
             continue
-        assert isinstance(ours, lstm_ext.FrozenLSTM)
-        assert isinstance(ours, nn.LSTM) == isinstance(theirs, nn.LSTM)
-        assert isinstance(ours, lstm_ext.FrozenTorchLSTM) == isinstance(theirs, nn.LSTM)
+        is_lstm = theirs.mode == "LSTM"
+        assert isinstance(ours, lstm_ext.FrozenLSTM if is_lstm else lstm_ext.FrozenGRU)
+        of_torch = isinstance(theirs, nn.LSTM if is_lstm else nn.GRU)
+        assert isinstance(ours, nn.LSTM if is_lstm else nn.GRU) == of_torch
+        assert isinstance(ours, lstm_ext.FrozenTorchLSTM if is_lstm else lstm_ext.FrozenTorchGRU) == of_torch
         kind = type(theirs)
-        assert kind is nn.LSTM or isinstance(ours, getattr(kind, "_derived_from", kind))
+        assert kind in (nn.LSTM, nn.GRU) or isinstance(ours, getattr(kind, "_derived_from", kind))
 
 
 # Of the classes that few have, the models that say most.
@@ -269,7 +271,7 @@ def test_hooks_of_every_kind(way: str, function: Any, library: Any) -> None:
 @pytest.mark.parametrize("way", CONVERSIONS)
 def test_a_model_without_lstms(way: str) -> None:
     function, _, target = CONVERSIONS[way]
-    model = nn.Sequential(nn.Linear(3, 3), nn.GRU(3, 3), nn.GRUCell(3, 3), target.LSTM(3, 3))
+    model = nn.Sequential(nn.Linear(3, 3), nn.RNN(3, 3), nn.RNNCell(3, 3), target.LSTM(3, 3))
     before, classes = snapshot(model), [type(m) for m in model.modules()]
     assert function(model) is model
     assert snapshot(model) == before and [type(m) for m in model.modules()] == classes

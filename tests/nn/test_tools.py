@@ -21,7 +21,7 @@ from torch import nn
 import lstm_ext
 from lstm_ext import reference
 from lstm_ext.native import integrations
-from lstm_ext.nn.torch_lstm import PatchedLSTM, PatchedLSTMCell
+from lstm_ext.nn.torch_layers import PATCHED
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -31,8 +31,9 @@ CLASSES = [
     lstm_ext.TorchLSTM,
     lstm_ext.TorchLSTMCell,
     lstm_ext.FrozenLSTM,
-    PatchedLSTM,
-    PatchedLSTMCell,
+    *PATCHED.values(),
+    lstm_ext.GRU,
+    lstm_ext.FrozenGRU,
 ]
 
 

@@ -10,15 +10,17 @@ import warnings
 
 import pytest
 import torch
-from lstm_models import Doubling, Halving, LayerAndCell, Plain
+from lstm_models import Doubling, DoublingGRU, Halving, LayerAndCell, Plain
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy, transformer_auto_wrap_policy
 from torch.nn.utils import parametrizations
 
 import lstm_ext
+from lstm_ext.nn.torch_layers import OURS
 
 TORCH_CLASSES = nn.LSTM, nn.LSTMCell
+NAMES = "LSTM", "LSTMCell", "GRU", "GRUCell"
 
 
 def count_of_kernel_calls(model, x):
@@ -74,17 +76,12 @@ def test_parametrized_after_a_conversion_of_a_subclass():
 
 def test_names_are_torchs():
     with lstm_ext.patch():
-        patched = nn.LSTM(3, 4), nn.LSTMCell(3, 4)
-    for ours, theirs in zip(
-        (lstm_ext.TorchLSTM(3, 4), lstm_ext.TorchLSTMCell(3, 4), *patched),
-        (nn.LSTM(3, 4), nn.LSTMCell(3, 4)) * 2,
-        strict=True,
-    ):
+        patched = [getattr(nn, name)(3, 4) for name in NAMES]
+    made = [getattr(lstm_ext, f"Torch{name}")(3, 4) for name in NAMES]
+    for ours, theirs in zip((*made, *patched), [getattr(nn, name)(3, 4) for name in NAMES] * 2, strict=True):
         assert type(ours).__name__ == type(theirs).__name__ and repr(ours) == repr(theirs)
-        # pickles of before have the name by which pickle still finds the class
-        old = {lstm_ext.TorchLSTM: b"TorchLSTM", lstm_ext.TorchLSTMCell: b"TorchLSTMCell"}.get(type(ours))
+        assert isinstance(ours, type(theirs)) and ours.__class__ is not type(theirs)
         data = pickle.dumps(ours, protocol=0)
-        assert old is None or b"clstm_ext.nn.torch_lstm\n%s\n" % old in data
         assert type(pickle.loads(data)) is type(copy.deepcopy(ours)) is type(ours)
 
 
@@ -139,15 +136,16 @@ def test_code_that_goes_by_the_class_finds_the_layers():
         (lambda: Plain(3, 4), {}),
         (lambda: Doubling(3, 4, factor=3.0), {"subclasses": True}),
         (lambda: Halving(3, 4), {"subclasses": True}),
+        (lambda: DoublingGRU(3, 4), {"subclasses": True}),
     ],
-    ids=["no code", "layer", "cell"],
+    ids=["no code", "layer", "cell", "GRU"],
 )
 def test_subclasses_keep_their_code(make, more):
     model, x = nn.Sequential(make()), torch.randn(5, 3)
     expected, kind = model(x)[0], type(model[0])
     lstm_ext.convert(model, **more)
     for same in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert isinstance(same[0], kind) and isinstance(same[0], (lstm_ext.LSTM, lstm_ext.LSTMCell))
+        assert isinstance(same[0], kind) and isinstance(same[0], OURS)
         assert type(same[0]) is type(model[0])
         torch.testing.assert_close(same(x)[0], expected)
         assert count_of_kernel_calls(same, x) > 0
@@ -170,6 +168,7 @@ def test_patch_and_the_way_back():
         model = LayerAndCell(nn.LSTM, nn.LSTMCell)
         assert isinstance(model.lstm, lstm_ext.LSTM) and isinstance(model.cell, lstm_ext.LSTMCell)
         assert torch.nn.modules.rnn.LSTM is nn.LSTM is torch.nn.modules.LSTM
+        assert isinstance(nn.GRU(2, 3), lstm_ext.GRU) and isinstance(nn.GRUCell(2, 3), lstm_ext.GRUCell)
         # What torch's class made, and what ours did, is an instance; anything else is not.
         assert isinstance(before, nn.LSTM) and isinstance(lstm_ext.LSTM(2, 3), nn.LSTM)
         assert not isinstance(nn.GRU(2, 3), nn.LSTM) and not isinstance(before, nn.LSTMCell)
@@ -250,7 +249,7 @@ def test_a_patch_counts_what_it_made():
 
 
 def test_a_block_that_makes_no_layer_says_so():
-    said = "no torch.nn.LSTM or LSTMCell was constructed"
+    said = "no LSTM, GRU or cell of torch.nn was constructed"
     with pytest.warns(UserWarning, match=said) as caught, lstm_ext.patch():
         TORCH_CLASSES[0](2, 3)  # of the class of before
     assert [w.filename for w in caught] == [__file__]
