@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from graphs import Graphs
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -104,6 +105,12 @@ def test_compiled_exported_and_without_kernels() -> None:
     with without_kernels():
         for a, b in zip(results_of(ours, x, h), expected, strict=True):
             assert torch.equal(a, b)  # torch's own operator
+        for converted in (lstm_ext.convert(copy.deepcopy(theirs)), ours):
+            torch._dynamo.reset()
+            compiled = torch.compile(converted, backend=(graphs := Graphs()))
+            for a, b in zip(results_of(compiled, x, h), expected, strict=True):
+                assert torch.equal(a, b)
+            assert graphs.all == []  # a break, as at torch's layer
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
