@@ -73,7 +73,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         "--pair", action="store_true", help=f"torch and our layer only, {PAIR_SECONDS:.0f} s for all cases"
     )
     parser.add_argument(
-        "--usual-malloc", action="store_true", help="torch and our layer only, malloc as it is: a quarter of an hour"
+        "--usual-malloc",
+        action="store_true",
+        help="torch and our layer only, malloc as it is: a quarter of an hour",
     )
     parser.add_argument(
         "--list", action="store_true", help="show groups, cases and peers, and measure nothing"
