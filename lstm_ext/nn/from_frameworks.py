@@ -260,11 +260,11 @@ def _keras_layers(layer: Any) -> tuple[list[Any], dict[str, Any]]:
         kind, cell = type(one).__name__, type(getattr(one, "cell", None)).__name__
         if kind == "RNN":
             raise _KERAS.refuse(
-                f"expected layers of the class LSTM, or of GRU, got RNN of {cell}: from_keras takes the get_weights() "
+                f"expected layers of the class LSTM or GRU, got RNN of {cell}: from_keras takes the get_weights() "
                 "of one LSTMCell, with its activations as gate_activation and cell_activation"
             )
         if kind not in ("LSTM", "GRU") or kind != type(inner[0]).__name__:
-            raise _KERAS.refuse(f"expected layers of the class LSTM, or of GRU, got {kind}")
+            raise _KERAS.refuse(f"expected layers of the class LSTM or GRU, got {kind}")
         if kind == "GRU" and not one.reset_after:
             raise _KERAS.refuse(
                 "reset_after=False: this layer multiplies by the reset gate after the product only"

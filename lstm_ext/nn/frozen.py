@@ -528,7 +528,9 @@ def _reasons_against(layer: Any) -> list[str]:
     if replaced:
         reasons.append(f"{', '.join(replaced)} is replaced on the instance; delete it there first")
     if not isinstance(layer, FrozenLayer):
-        taken = {*dir(FrozenLayer)} - {*dir(base)} | {n for names in _packed_names(layer) for n in names}
+        taken = {*dir(_frozen_class(base))} - {*dir(base)} | {
+            n for names in _packed_names(layer) for n in names
+        }
         for name in (*layer.__dict__, *layer._parameters, *layer._buffers, *layer._modules):
             if name in taken:
                 reasons.append(f"its attribute {name} has another meaning in a frozen layer; rename it first")

@@ -221,7 +221,7 @@ FLAX = {f"{s}{g}": {"kernel": array(I if s == "i" else H, H)} for s in "ih" for 
         (lambda: lstm_ext.from_keras(["a", U, b]), TypeError, "from_keras: kernel: expected an array, got str"),
         (lambda: lstm_ext.from_keras([W.int(), U, b]), TypeError,
          "from_keras: kernel: expected a floating-point dtype, got torch.int32"),
-        (lambda: lstm_ext.from_keras(Layer(KERAS)), ValueError, "expected layers of the class LSTM, got Layer"),
+        (lambda: lstm_ext.from_keras(Layer(KERAS)), ValueError, "expected layers of the class LSTM or GRU, got Layer"),
         (lambda: lstm_ext.from_keras(LSTM(KERAS, activation="gelu")), ValueError,
          "activation: expected one of linear, sigmoid, tanh, relu, elu, softplus, softsign, identity, "
          "hard_sigmoid, leaky_relu, got gelu"),
@@ -248,7 +248,7 @@ FLAX = {f"{s}{g}": {"kernel": array(I if s == "i" else H, H)} for s in "ih" for 
         (lambda: lstm_ext.from_keras(LSTM(KERAS, go_backwards=True)), ValueError,
          "go_backwards=True: this layer has not that"),
         (lambda: lstm_ext.from_keras(RNN(KERAS, cell=LSTMCell([]))), ValueError,
-         "expected layers of the class LSTM, got RNN of LSTMCell: from_keras takes the get_weights() of one"),
+         "expected layers of the class LSTM or GRU, got RNN of LSTMCell: from_keras takes the get_weights() of one"),
         *[
             (
                 lambda path=path: lstm_ext.from_keras(path),

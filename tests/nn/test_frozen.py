@@ -347,9 +347,9 @@ def frozen_layer(weights: torch.dtype | None = None) -> lstm_ext.FrozenLSTM:
         (
             lambda: lstm_ext.freeze(nn.ModuleDict({"a": nn.LSTMCell(2, 2), "b": lstm_ext.LSTMCell(2, 2)})),
             ValueError,
-            r"one, got ModuleDict\. 'a' \(torch\S+LSTMCell\), 'b' \(lstm_ext\S+LSTMCell\): an LSTMCell has no frozen",
+            r"one, got ModuleDict\. 'a' \(torch\S+LSTMCell\), 'b' \(lstm_ext\S+LSTMCell\): a cell has no frozen",
         ),
-        (lambda: lstm_ext.unfreeze(lstm_ext.LSTM(2, 2)), ValueError, "expected a frozen LSTM"),
+        (lambda: lstm_ext.unfreeze(lstm_ext.LSTM(2, 2)), ValueError, "expected a frozen layer"),
         (
             lambda: lstm_ext.freeze(lstm_ext.LSTM(2, 2), torch.float16),
             ValueError,
@@ -389,7 +389,7 @@ def test_cells_of_a_model_are_named() -> None:
     """And what the warning says freezes what they compute."""
     model = nn.ModuleList([nn.LSTM(2, 2), nn.LSTMCell(3, 4)])
     with pytest.warns(
-        UserWarning, match=r"freeze: not frozen: '1' \(torch.*LSTMCell\): an LSTMCell has"
+        UserWarning, match=r"freeze: not frozen: '1' \(torch.*LSTMCell\): a cell has"
     ) as record:
         frozen = lstm_ext.freeze(model)
     assert record[0].filename == __file__ and type(frozen[1]) is nn.LSTMCell

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from lstm_models import LIBRARIES, OURS, SUBCLASSES, Doubling, LayerAndCell, OurHalving, PlainOurs
+from lstm_models import LIBRARIES, Doubling, LayerAndCell, OurHalving, PlainOurs
 from matrix.routes import Holder as Padded
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
@@ -40,7 +40,7 @@ class Packed(nn.Module):
 
 
 def ours_of(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if isinstance(m, (lstm_ext.LSTM, lstm_ext.LSTMCell))]
+    return [m for m in model.modules() if isinstance(m, lstm_ext.nn.torch_layers.OURS)]
 
 
 LAYERS = {
@@ -110,14 +110,16 @@ def test_scripted_cell_is_torchs(cell, bias):
 # torch.jit.script: the model
 
 
-@pytest.mark.parametrize("library", [OURS, SUBCLASSES, LIBRARIES["patched"]])
-def test_the_model_stays_converted(library):
-    model, x = LayerAndCell(*library), torch.randn(4, 2, 5)
+@pytest.mark.parametrize("gru", [False, True])
+@pytest.mark.parametrize("kind", ["ours", "ours as torch's", "patched"])
+def test_the_model_stays_converted(kind, gru):
+    library = LIBRARIES[kind].of_gru() if gru else LIBRARIES[kind]
+    model, x = LayerAndCell(library.LSTM, library.LSTMCell), torch.randn(4, 2, 5)
     layers = ours_of(model)
-    with lstm_ext.patch() if library is LIBRARIES["patched"] else contextlib.nullcontext():
+    with lstm_ext.patch() if kind == "patched" else contextlib.nullcontext():
         scripted = torch.jit.script(model)
     assert model.lstm is model._modules["lstm"] is layers[0] and model.cell is layers[1]
-    assert [type(m) for m in layers] == list(library)
+    assert [type(m) for m in layers] == list(library)[:2]
     torch.testing.assert_close(scripted(x), model(x))
     torch.testing.assert_close(torch.jit.freeze(copy.deepcopy(scripted).eval())(x), model(x))
     # The same weights, and not copies of them.
