@@ -116,7 +116,7 @@ class GateProduct {
       const T* const a = count > 0 ? a_row(0) : nullptr;
       const T* const start = bias ? bias : pre(0);
       const auto sum_blocks = [&](const int64_t (&blocks)[2], Tile<T, 2, kGates>& sums) LSTM_EXT_LAMBDA_INLINE {
-        sum_panels(a, count, weight, panels, start, blocks, sums);
+        sum_panels<Finish>(a, count, weight, panels, start, blocks, sums);
         if constexpr (kMaySkip<Finish>) keep_skipped(sums, start, weight.skipped, blocks);
       };
       paired = multiply_pairs(sweep, pre(0), sum_blocks, finish);
@@ -124,7 +124,7 @@ class GateProduct {
     for (int64_t i = paired; i < sweep.count; ++i) {
       const int64_t block = sweep.block(i);
       if (weight.packs_as_used()) pack_gates(weight, hidden_size_, count, block);
-      PanelPart<W> part{lanes_in(block), registers_of<W>(lanes_in(block))};
+      PanelPart<W> part{lanes_in(block), registers_of<W, Finish>(weight, lanes_in(block))};
       const W* const panel = panels + weight.place(block) * kGates * kLanes * count;
       for (; part.first || part.k < count; part.k += kBlockK, part.first = false) {
         part.depth = smaller(kBlockK, count - part.k);
@@ -151,7 +151,7 @@ class GateProduct {
 #pragma GCC unroll kTileRows
             for (int r = 0; r < R; ++r) finish.prefetch(row + r, block * kLanes);
           }
-          accumulate_part(tile, a, out, part, next_panel);
+          accumulate_part<Finish>(tile, a, out, part, next_panel);
           const bool from_bias = bias && part.first;
 #pragma GCC unroll kTileRows
           for (int r = 0; r < R; ++r) {
@@ -378,13 +378,28 @@ class GateProduct {
   static constexpr int64_t kLowTileDepth = 192;
 
   // The registers in a panel of this many units, and accumulate_rows for a panel with fewer than kGates of them.
-  template <typename W>
-  static int registers_of(int lanes) {
-    return std::is_same_v<W, T> ? gate_registers<T>(lanes) : kGates;
+  template <typename W, typename Finish>
+  static int registers_of(const GateWeight<T>& weight, int lanes) {
+    if constexpr (!std::is_same_v<W, T>) return kGates;
+    const int registers = gate_registers<T>(lanes);
+    if constexpr (kMaySkip<Finish>) return registers == kGates && weight.leaves_out() ? kGates - 1 : registers;
+    return registers;
   }
-  template <int R, typename W>
+  template <typename Finish, int R, typename W>
   LSTM_EXT_INLINE static void accumulate_few(Tile<T, R, kGates>& tile, const T* const (&a)[R], const W* panel,
                                              int registers, int64_t count) {
+    if constexpr (std::is_same_v<W, T> && kMaySkip<Finish>) {
+      if (registers == kGates - 1) {
+        Tile<T, R, kGates - 1> sums;
+        sums.zero();
+        accumulate_rows<T, R, kGates - 1>(sums, a, panel, (kGates - 1) * kLanes, count);
+#pragma GCC unroll kTileRows
+        for (int r = 0; r < R; ++r) {  // the sum of the gate that is left out, one of the last two, is not used
+          for (int gate = 0; gate < kGates; ++gate) tile.acc[r][gate] = sums.acc[r][gate < 3 ? gate : 2];
+        }
+        return;
+      }
+    }
     if constexpr (std::is_same_v<W, T> && kLanes >= kGates) {
       if (registers == 1) {
         accumulate_compact<T, R, 1>(tile, a, panel, count);
@@ -409,7 +424,7 @@ class GateProduct {
   // large number would round each of them to the precision of the large one. Prefetches the lines of the sums in `out`:
   // if the rows have one stride, each of the first steps prefetches one line. Other tiles prefetch all at once, which
   // delays the panel.
-  template <typename W, int R>
+  template <typename Finish, typename W, int R>
   LSTM_EXT_INLINE void accumulate_part(Tile<T, R, kGates>& tile, const T* (&a)[R], T* const (&out)[R],
                                        const PanelPart<W>& part, NextPanel& next_panel) const {
     const int64_t H = hidden_size_;
@@ -437,15 +452,16 @@ class GateProduct {
           tile, a, part.numbers + done * kGates * kLanes, kGates * kLanes, left, 0,
           kFetches ? next_panel.take(left) : nullptr);
     } else {
-      accumulate_few<R>(tile, a, part.numbers, part.registers, part.depth);
+      accumulate_few<Finish>(tile, a, part.numbers, part.registers, part.depth);
     }
   }
 
   // The sums of one row for two blocks of units: sums = start + weight * a.
-  template <typename W>
+  template <typename Finish, typename W>
   LSTM_EXT_INLINE void sum_panels(const T* a, int64_t count, const GateWeight<T>& weight, const W* panels,
                                   const T* start, const int64_t (&blocks)[2], Tile<T, 2, kGates>& sums) const {
-    const int registers[] = {registers_of<W>(lanes_in(blocks[0])), registers_of<W>(lanes_in(blocks[1]))};
+    const int registers[] = {registers_of<W, Finish>(weight, lanes_in(blocks[0])),
+                             registers_of<W, Finish>(weight, lanes_in(blocks[1]))};
     for (int64_t k = 0; k == 0 || k < count; k += kBlockK) {
       const int64_t depth = smaller(kBlockK, count - k);
       const W* parts[2];
@@ -464,7 +480,7 @@ class GateProduct {
           if (registers[n] == kGates) {
             accumulate_rows<T, 1, kGates>(one, {a + k}, parts[n], kGates * kLanes, depth);
           } else {
-            accumulate_few<1>(one, {a + k}, parts[n], registers[n], depth);
+            accumulate_few<Finish>(one, {a + k}, parts[n], registers[n], depth);
           }
           for (int gate = 0; gate < kGates; ++gate) tile.acc[n][gate] = one.acc[0][gate];
         }

@@ -36,6 +36,8 @@ struct GateWeight {
   bool packs_as_used() const { return one_place >= 0; }
   LSTM_EXT_INLINE int64_t place(int64_t block) const { return packs_as_used() ? one_place : block; }
   bool packed() const { return panels || bf16.parts > 0; }
+  // Whether whole panels have no registers for the skipped gate. Frozen ones have zeros there.
+  bool leaves_out() const { return skipped >= 0 && (rows.own || rows.narrow); }
 
   // dot_rows for the weight's rows from `first` on.
   template <int X>
@@ -84,8 +86,8 @@ LSTM_EXT_INLINE void accumulate_compact(Tile<T, R, kGates>& tile, const T* const
 }
 
 // Packs a gate-interleaved panel of kLanes hidden units of a (4H, count) weight: for each k the four gates of the units
-// side by side, [k][gate][lane]. If the units fill fewer registers, a gate has fewer lanes. A gate without rows gets
-// zeros, here and below.
+// side by side, [k][gate][lane]. If the units fill fewer registers, a gate has fewer lanes. A gate without rows is left
+// out if each gate fills a register; else, and below, it gets zeros.
 template <typename T, typename W>
 void pack_gate_panel(const GateWeight<T>& of, const W* weight, int64_t hidden_size, int64_t count, int64_t block,
                      T* out) {
@@ -93,9 +95,13 @@ void pack_gate_panel(const GateWeight<T>& of, const W* weight, int64_t hidden_si
   const int64_t unit = block * n;
   const int units = static_cast<int>(smaller(hidden_size - unit, n));
   const int width = gate_registers<T>(units) * n / kGates;
+  const bool leaves_out = width == n && of.leaves_out();
+  const int64_t step = (leaves_out ? kGates - 1 : kGates) * width;
   for (int gate = 0; gate < kGates; ++gate) {
+    if (leaves_out && gate == of.skipped) continue;
     pack_transposed<T>(weight + (of.first_row(gate, hidden_size) + unit) * count, gate == of.skipped ? 0 : units, count,
-                       out + gate * width, kGates * width, width);
+                       out, step, width);
+    out += width;
   }
 }
 

@@ -99,6 +99,7 @@ TABLE: dict[Tests, list[tuple[str, ...]]] = {
         ("cpu/forward_steps.h", "int64_t h_size = h.data ? P : 0;", "int64_t h_size = h.data ? P - 1 : 0;"),
         ("cpu/gate_weight.h", "out + gate * width, kGates", "out + gate * n, kGates"),
         ("cpu/gate_product.h", ": T(0)) + (weights.bias_hh", ": T(0)) - (weights.bias_hh"),
+        ("cpu/gate_product.h", "gate < 3 ? gate : 2", "gate < 2 ? gate : 1"),
         ("cpu/gates.h", "load_lanes<T>(at + i * hidden_size, lanes)",
          "load_lanes<T>(at + (3 - i) * hidden_size, lanes)"),
         ("cpu/kernel_set.h", "Simd<T>::kLanes,   kTileRows,", "Simd<T>::kLanes / 2, kTileRows,"),
