@@ -421,10 +421,21 @@ class Holder(nn.Module):
         return self.lstm(x, hx)
 
 
-def scripted(module: Any, x: Tensor, hx: Any) -> Any:
+class GRUHolder(nn.Module):
+    """The same for a GRU."""
+
+    def __init__(self, gru: nn.Module) -> None:
+        super().__init__()
+        self.gru = gru
+
+    def forward(self, x: torch.Tensor, hx: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.gru(x, hx)
+
+
+def scripted(module: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch deprecates it
-        return torch.jit.script(Holder(module))(x, hx)
+        return torch.jit.script((GRUHolder if module.gru else Holder)(module))
 
 
 def traced(module: Any, x: Tensor, hx: Any) -> Any:
@@ -533,7 +544,7 @@ ROUTES: dict[str, Route] = {
     ),
     "frozen": Route(partial(changed, lstm_ext.freeze), lambda c: not draws(c), NO_GRADIENTS),
     "convert": Route(partial(changed, converted), is_plain),
-    "TorchScript": Route(scripted, lambda c: is_plain(c) and not c.packed, ("no_grad",), gru=False),
+    "TorchScript": Route(partial(changed, scripted), lambda c: is_plain(c) and not c.packed, ("no_grad",)),
     "trace": Route(traced, lambda c: is_plain(c) and not (c.packed or draws(c)), NO_GRADIENTS),
     "ONNX Runtime": Route(
         by_onnx_runtime,

@@ -67,7 +67,7 @@ FEATURES: dict[str, dict[str, Feature]] = {
 def missing(route: Route) -> list[str]:
     """What no case of a route has; a group of which it has nothing by the name of the group."""
     taken = [c for c in CASES.values() if any(route.has(dataclasses.replace(c, dtype=d)) for d in DTYPES)]
-    found = []
+    found = [] if route.gru else ["a GRU"]
     for group, features in FEATURES.items():
         absent = [name for name, feature in features.items() if not any(map(feature, taken))]
         found += [f"all {group}"] if len(absent) == len(features) else absent
