@@ -164,15 +164,15 @@ gpu-bench:
 
 # That the CUDA part compiles and is complete, and that such a build works on a machine without a GPU. The extension is
 # installed, not built in place, where that of VENV is. Needs nvcc, and 5 GB for the environment.
-# Left out: the numerics of the CPU kernels, which the same compiler makes of the same sources, and what is not in the
-# package.
-CUDA_LEFT_OUT := simt fuzz tools cpu/test_kernels.py cpu/test_low_precision.py
+# Left out: the CPU kernels and their library, which the same compiler makes of the same sources, what is not in the
+# package, and what takes long.
+CUDA_LEFT_OUT := simt fuzz tools cpu native_library
 cuda-build: $(CUDA_INSTALLED)
 	@mkdir -p build/cuda
 	cd build/cuda && LSTM_EXT_BACKEND=aot $(CUDA_PY) -m lstm_ext.info
 	cd build/cuda && $(CUDA_PY) -c 'from lstm_ext.native import loader as l; \
 	  cuda = l.extension().build_info()["cuda"]; assert cuda and cuda == l.status().cuda, l.status()'
-	cd build/cuda && $(CUDA_PY) -m pytest $(PYTEST_OPTIONS) -m 'not full' -c ../../pyproject.toml ../../tests \
+	cd build/cuda && $(CUDA_PY) -m pytest $(PYTEST_OPTIONS) -c ../../pyproject.toml ../../tests \
 	  $(CUDA_LEFT_OUT:%=--ignore=../../tests/%) $(ARGS)
 
 # The tests of threads, and those of the layers that need few packages, under a Python without the GIL. The extension is

@@ -47,7 +47,8 @@ def _operator(*arguments: Any, **options: Any) -> Any:
 
 
 def _reference(*arguments: Any, **options: Any) -> Any:
-    return reference.lstm_layer(*arguments, LayerOptions(**options))[:3]
+    layer: Any = reference.lstm_layer
+    return layer(*arguments, LayerOptions(**options))[:3]
 
 
 @functools.cache

@@ -137,7 +137,7 @@ def _onnx_layer(read: Source, name: str, node: Any, known: Mapping[str, Any]) ->
         if gates == 3:
             directions.append(Direction(read.gates(W[d]), read.gates(R[d]), b_ih, bias_hh=b_hh, gates=3))
             continue
-        bias = None if b_ih is None else b_ih + b_hh
+        bias = None if b_ih is None or b_hh is None else b_ih + b_hh
         i_o_f = None if P is None else P[d].chunk(3)
         peepholes = None if i_o_f is None else (i_o_f[0], i_o_f[2], i_o_f[1])
         directions.append(Direction(read.gates(W[d]), read.gates(R[d]), bias, None, peepholes))
