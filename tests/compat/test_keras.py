@@ -131,7 +131,7 @@ def results_of(case: Case, layer: Any, seed: int) -> dict[str, Tensor]:
     outputs: list[Tensor] = []
     for _ in range(case.calls if case.options.get("stateful") else 1):
         if outputs and not layer.stateful:
-            arguments["initial_state"] = [state.detach() for state in outputs[-2:]]
+            arguments["initial_state"] = [state.detach() for state in outputs[-1 - (case.kind == "LSTM") :]]
         if case.training:  # the masks that Keras draws depend on the dtype
             keep = torch.rand(B, I, generator=generator) < 0.6
             layer.cell._dropout_mask = keep.to(dtype) / 0.6
@@ -347,3 +347,18 @@ def test_another_backend_is_an_error(monkeypatch: pytest.MonkeyPatch, theirs: li
     assert str(caught.value) == (
         "patch_keras: expected the backend torch of Keras, got jax: set KERAS_BACKEND=torch before Keras is imported"
     )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_gru_from_keras(bias: bool) -> None:
+    gru = keras.layers.GRU(H, return_sequences=True, use_bias=bias, bias_initializer="random_normal")
+    for layer in (gru, keras.layers.Bidirectional(gru)):
+        x = torch.randn(B, T, I)
+        expected = layer(x)
+        found = lstm_ext.from_keras(layer)
+        assert isinstance(found, lstm_ext.GRU)
+        torch.testing.assert_close(found(x)[0], torch.as_tensor(expected))
+    with pytest.raises(ValueError, match="from_keras: reset_after=False"):
+        before = keras.layers.GRU(H, reset_after=False)
+        before(x)
+        lstm_ext.from_keras(before)
