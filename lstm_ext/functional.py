@@ -143,6 +143,7 @@ def lstm(
         norm_weights: the parameters of layer normalisation, a flat sequence: for each layer, and in it for each
             direction, ``gain_ih (4H), gain_hh (4H), gain_c (H)``, then ``bias_c (H)`` if ``bias``. None for layers
             without it.
+        layer_norm: with ``norm_weights``, whether it is the ``"cell"`` of :class:`lstm_ext.LSTM`.
         peephole_weights: the weights of peepholes, a flat sequence: for each layer, and in it for each direction,
             ``weight_ci``, ``weight_cf``, ``weight_co``, (H) each. None for layers without them.
         options: the others are those of :class:`lstm_ext.LSTM`; masks are random only if ``training``.

@@ -448,7 +448,7 @@ def _cell(
     o = op.Add(o, op.Mul(peephole[2], c)) if peephole else o
     o = gate(bounded(o, options.preactivation_clip))
     seen = _normalised(c, norm[2], norm[3] if len(norm) == 4 else None) if norm else c
-    return op.Mul(o, visible(seen)), c, i, f, g, o
+    return op.Mul(o, visible(seen)), seen if options.norm_cell else c, i, f, g, o
 
 
 def _gru(from_input: Any, from_state: Any, h: Any) -> Any:

@@ -13,7 +13,7 @@ import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 from torch import Tensor
 
@@ -63,6 +63,12 @@ def _finite(name: str, value: Any) -> float | None:
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} should be a bool, got {value!r}")
+    return value
+
+
+def _layer_norm(name: str, value: Any) -> bool | str:
+    if not isinstance(value, bool) and not (isinstance(value, str) and value == "cell"):
+        raise TypeError(f'{name} should be a bool or "cell", got {value!r}')
     return value
 
 
@@ -166,8 +172,9 @@ OPTIONS: dict[str, Option] = {
     ),
     "layer_norm": Option(
         False,
-        _flag,
-        "whether to normalise the two products of the gates, over their 4H values, and c_t where h_t uses it.",
+        _layer_norm,
+        "whether to normalise the two products of the gates, over their 4H values, and c_t where h_t uses it; or "
+        '``"cell"``, where the normalised c_t is also the one that the next step takes.',
         saved=True,
         onnx="scan",
         parameters=CellParameters(
@@ -281,12 +288,12 @@ class _Arguments(GRUArguments, total=False):
     gate_activation: Activation
     cell_activation: Activation
     preactivation_clip: float | None
+    layer_norm: bool | Literal["cell"]
 
 
 class LayerArguments(_Arguments, total=False):
     """The keywords of `lstm_ext.LSTM`."""
 
-    layer_norm: bool
     peephole: bool
     forget_bias: float | None
 
@@ -308,8 +315,9 @@ def signature_of(function: Any, keywords: type, before: str = "") -> inspect.Sig
         for c in reversed(keywords.__mro__)
         for name, kind in getattr(c, "__annotations__", {}).items()
     }
-    rows = [(name, option, option.parameters) for name, option in OPTIONS.items()]
-    named = {p.keyword if p and p.keyword in types else name: option for name, option, p in rows}
+    named = {
+        name: o for n, o in OPTIONS.items() for name in ((o.parameters.keyword, n) if o.parameters else (n,))
+    }
     added = [
         inspect.Parameter(
             name,

@@ -39,7 +39,8 @@ The options of a layer, which torch does not have, in the order in which step t 
     layer_norm              W_i* x_t + b_i* becomes gain_ih * N(W_i* x_t) + b_i*, and W_h* h_{t-1} + b_h* becomes
                             gain_hh * N(W_h* h_{t-1}) + b_h*, with N over the 4H preactivations of the gates together,
                             and h_t = o_t * tanh(gain_c * N(c_t) + bias_c), with N over the H units.
-                            N(a) = (a - mean(a)) / sqrt(var(a) + 1e-5), with the biased variance.
+                            N(a) = (a - mean(a)) / sqrt(var(a) + 1e-5), with the biased variance. With "cell" it is
+                            c_t = gain_c * N(f_t * c_{t-1} + i_t * g_t) + bias_c, and h_t = o_t * tanh(c_t).
     peephole                z_i and z_f, what the sigmoids of i and f take, get w_ci * c_{t-1} and w_cf * c_{t-1} added;
                             z_o gets w_co * c'_t, the c of this step before zoneout
     coupled_gates           f_t = 1 - i_t; the rows of f in the weights, and w_cf, are not used
@@ -60,9 +61,9 @@ Recurrent dropout follows Gal and Ghahramani (2016, https://arxiv.org/abs/1512.0
 the dropout of weights Merity, Keskar and Socher (2017, https://arxiv.org/abs/1708.02182). Zoneout follows Krueger et
 al. (2017, https://arxiv.org/abs/1606.01305). Layer normalisation follows Ba, Kiros and Hinton (2016,
 https://arxiv.org/abs/1607.06450, equations 20 to 22), and the library Haste: c_t is carried on as it is, and only h_t
-sees it normalised (the cells of TorchScript's ``fastrnns`` benchmark carry the normalised c_t on, which is another
-layer). The paper adds a shift to each of the two products and a bias to their sum; the two biases of the layer serve as
-both.
+sees it normalised. With "cell", the normalised c_t is carried on, as in NVIDIA NeMo and in the cells of TorchScript's
+``fastrnns`` benchmark. The paper adds a shift to each of the two products and a bias to their sum; the two biases of
+the layer serve as both.
 
 Peepholes follow Gers, Schraudolph and Schmidhuber (2002, https://www.jmlr.org/papers/v3/gers02a.html) and the diagonal
 W_ci, W_cf, W_co of Graves (2013, https://arxiv.org/abs/1308.0850, equations 7 to 11). Coupled gates are variant CIFG of

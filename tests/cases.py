@@ -64,6 +64,7 @@ class Case:
     mask: bool = False  # of recurrent dropout
     zoneout: str = ""  # "flags" or "shares"; of one state "flags of h", "share of h" and so on
     norm: str = ""  # the dtype of its parameters: "own", or "float32" for 16-bit input
+    norm_cell: bool = False
     peephole: str = ""  # the same
     cell_clip: float = 0
     coupled_gates: bool = False
@@ -133,6 +134,22 @@ OPTIONS = {
     "norm, more units than threads": Case(norm="own", steps=2, batch=2, hidden_size=300),
     "norm, in chunks": Case(norm="own", hidden_size=16, chunk_bytes=2000, resets="to a state"),
     "norm, clip": Case(norm="own", hidden_size=16, cell_clip=0.3, resets="to a state"),
+    "norm, cell": Case(norm="own", norm_cell=True, hidden_size=16, chunk_bytes=2000, resets="to a state"),
+    "norm, cell, clip, no bias, no hx": Case(
+        norm="own", norm_cell=True, hidden_size=40, cell_clip=0.3, bias=False, hx=False, bidirectional=True
+    ),
+    "norm, cell, all": Case(
+        norm="float32",
+        norm_cell=True,
+        packed=(5, 3, 1),
+        bidirectional=True,
+        hidden_size=16,
+        proj_size=12,
+        resets="to a state",
+        mask=True,
+        zoneout="flags",
+        returned="both",
+    ),
     "peephole": Case(peephole="own", bidirectional=True),
     "peephole, packed, projection": Case(
         peephole="float32", packed=(5, 3, 1), proj_size=2, resets="to a state", bidirectional=True
@@ -402,6 +419,7 @@ class Layer:
             zoneout_h=self.shares[0],
             zoneout_c=self.shares[1],
             norm=tuple(learned[2 : 2 + len(self.norm)]),
+            norm_cell=self.case.norm_cell,
             peephole=tuple(learned[2 + len(self.norm) :]),
             cell_clip=self.case.cell_clip,
             coupled_gates=self.case.coupled_gates,

@@ -29,6 +29,7 @@ struct LayerNorm {
   const T* gain_hh;  // (4H), of U h
   const T* gain_c;   // (H), of c
   const T* bias_c;   // (H)
+  bool carries;      // LayerOptions::norm_cell
 };
 
 namespace cell {

@@ -349,17 +349,28 @@ class UnfusedBackwardStep {
                       {pass_.params.norm_input + place * 4 * H_, pass_.params.norm_recurrent + place * 4 * H_},
                       pass_.params.norm_factors + place * 2,
                       {step.grad_input_part + b * pass_.gate_stride, step.grad_preactivations + b * pass_.gate_stride}};
-    const NormGradient through_c = through_hidden(now);
-    through_cell(now, pass_.cell_rows({row, row + 1}, begins), through_c);
+    const CellRows<T> cells = pass_.cell_rows({row, row + 1}, begins);
+    const NormGradient through_c = through_hidden(now, cells);
+    through_cell(now, cells, through_c);
     if (!step.previous.resets[b]) return;
     for_each_register<T>(H_, [&](int64_t unit, int lanes) LSTM_EXT_LAMBDA_INLINE {
       pass_.cut_gradient(b, unit, lanes, pass_.params.grad_c + b * H_ + unit, now.grads[1] + unit);
     });
   }
 
+  // dL/dc_t but for its part through h_t, as zoneout splits it.
+  LSTM_EXT_INLINE transition::StateGradient<OwnDivisions<T>> carried_gradient(const NormRow& now,
+                                                                              const CellRows<T>& cells, int64_t unit,
+                                                                              int lanes) const {
+    Reg<T> grad_c = cells.carried_gradient(0, unit, lanes);
+    cells.add_result_gradient(grad_c, 0, unit, lanes);
+    if (!options_.zoneout_c.active()) return {grad_c, S::zero()};
+    return split_gradient<T>({options_.zoneout_c, now.place * H_ + unit, lanes}, grad_c);
+  }
+
   // Backward through h_t = o tanh(gain_c N(c_t) + bias_c): leaves dL/dN(c_t) in grad_normalised_c_, and dL/do where the
   // gradients of the preactivations will be.
-  LSTM_EXT_INLINE NormGradient through_hidden(const NormRow& now) {
+  LSTM_EXT_INLINE NormGradient through_hidden(const NormRow& now, const CellRows<T>& cells) {
     using Math = PreciseDivisions<T>;
     const LayerNorm<T>& norm = options_.norm;
     T* const grad_gain_c = chunk_sums_ + 12 * H_;
@@ -371,7 +382,7 @@ class UnfusedBackwardStep {
       const Reg<T> shift = norm.bias_c ? load_lanes<T>(norm.bias_c + unit, lanes) : S::zero();
       const Reg<T> o = load_lanes<T>(now.gate_values + kO * H_ + unit, lanes);
       const Reg<T> grad_h = load_lanes<T>(pass_.grad_h + now.b * H_ + unit, lanes);
-      Reg<T> grad_tanh_input = S::zero();
+      Reg<T> grad_tanh_input = norm.carries ? carried_gradient(now, cells, unit, lanes).fresh : S::zero();
       const auto squashed = cell::squash<Math>(S::fma(gain, y, shift), CellAt<T>{options_.cell, {unit, lanes}});
       const Reg<T> grad_o = cell::hidden_backward<Math>(o, squashed, grad_h, grad_tanh_input);
       T* const sum_gain = grad_gain_c + unit;
@@ -397,22 +408,15 @@ class UnfusedBackwardStep {
     for_each_register<T>(H_, [&](int64_t unit, int lanes) LSTM_EXT_LAMBDA_INLINE {
       const Gates<T> gates = load_gates<T>(now.gate_values + unit, H_, lanes);
       const Reg<T> c_previous = previous ? load_lanes<T>(previous + unit, lanes) : S::zero();
-      Reg<T> grad_c = cells.carried_gradient(0, unit, lanes);
-      cells.add_result_gradient(grad_c, 0, unit, lanes);
-      Reg<T> previous_part = S::zero();
-      if (options_.zoneout_c.active()) {
-        const auto split = split_gradient<T>({options_.zoneout_c, now.place * H_ + unit, lanes}, grad_c);
-        grad_c = split.fresh;
-        previous_part = split.previous;
-      }
-      grad_c = S::fma(
+      const auto carried = carried_gradient(now, cells, unit, lanes);
+      const Reg<T> grad_c = S::fma(
           factor_c,
           through_c.of(load_lanes<T>(grad_normalised_c_ + unit, lanes), load_lanes<T>(now.normalised + unit, lanes)),
-          grad_c);
+          options_.norm.carries ? S::zero() : carried.fresh);
       const Reg<T> grad_o = load_lanes<T>(now.grads[1] + kO * H_ + unit, lanes);
       const auto back = cells.template through_state<PreciseDivisions<T>>(
           0, unit, lanes, gates, c_previous, S::zero(), grad_c, grad_o, CellAt<T>{options_.cell, {unit, lanes}});
-      store_lanes<T>(pass_.params.grad_c + now.b * H_ + unit, back.dc_before + previous_part, lanes);
+      store_lanes<T>(pass_.params.grad_c + now.b * H_ + unit, back.dc_before + carried.previous, lanes);
 #pragma GCC unroll kGates
       for (int gate = 0; gate < kGates; ++gate) {
         const int64_t at = gate * H_ + unit;

@@ -352,12 +352,7 @@ class UnfusedForwardStep {
       using Math = OwnDivisions<T, kNormalised ? Exactness::kPrecise : Exactness::kUsual>;
       const PreviousCells<T> before{{previous ? previous + unit : nullptr}, lanes};
       const auto cell = cell::forward<Math>(sums, before, CellAt<T>{options_.cell, {unit, lanes}});
-      Reg<T> c = cell.c;
-      if (options_.zoneout_c.active()) {
-        const Reg<T> old_c = previous ? load_lanes<T>(previous + unit, lanes) : S::zero();
-        c = kept_state<T>({options_.zoneout_c, place(row) * H_ + unit, lanes}, cell.c, old_c);
-      }
-      store_lanes<T>(cells_(row) + unit, c, lanes);
+      if (!kNormalised || !norm.carries) store_cell(row, unit, lanes, previous, cell.c);
       if (kNormalised || pass_.params.gate_values) store_gates<T>(gates_row + unit, cell.gates, H_, lanes);
       if constexpr (kNormalised) {
         store_lanes<T>(unnormalised_c + unit, cell.c, lanes);
@@ -365,6 +360,14 @@ class UnfusedForwardStep {
         store_hidden(row, unit, lanes, cell.h);
       }
     }
+  }
+
+  LSTM_EXT_INLINE void store_cell(int64_t row, int64_t unit, int lanes, const T* previous, Reg<T> c) {
+    if (options_.zoneout_c.active()) {
+      const Reg<T> old_c = previous ? load_lanes<T>(previous + unit, lanes) : S::zero();
+      c = kept_state<T>({options_.zoneout_c, place(row) * H_ + unit, lanes}, c, old_c);
+    }
+    store_lanes<T>(cells_(row) + unit, c, lanes);
   }
 
   LSTM_EXT_INLINE void store_hidden(int64_t row, int64_t unit, int lanes, Reg<T> h) {
@@ -400,6 +403,7 @@ class UnfusedForwardStep {
         const Reg<T> shift = norm.bias_c ? load_lanes<T>(norm.bias_c + unit, lanes) : S::zero();
         const Reg<T> tanh_input =
             S::fma(load_lanes<T>(norm.gain_c + unit, lanes), load_lanes<T>(c[r] + unit, lanes), shift);
+        if (norm.carries) store_cell(row, unit, lanes, pass_.c_rows[row], tanh_input);
         const Reg<T> o = load_lanes<T>(gates_row + kO * H_ + unit, lanes);
         const CellAt<T> cell{options_.cell, {unit, lanes}};
         store_hidden(row, unit, lanes, cell::hidden<PreciseDivisions<T>>(o, tanh_input, cell));

@@ -53,21 +53,16 @@ LSTM_DEVICE const typename Types<T>::Accumulate* recurrent_row(const CellForward
   return part ? part + b * 4 * args.hidden_size : nullptr;
 }
 
-// The cell state of unit j: c'_t of the equations without zoneout, and c_t.
-template <typename A>
-struct CellState {
-  A now, c;
-};
-// From c'_t and c_{t-1}, as previous_cell gives it.
+// c_t, from that of the equations without zoneout, and from c_{t-1}, as previous_cell gives it.
 template <bool kOptions, typename T>
-LSTM_DEVICE CellState<typename Types<T>::Accumulate> cell_state(const CellForward<T>& args, int64_t place,
-                                                                typename Types<T>::Accumulate now,
-                                                                typename Types<T>::Accumulate before) {
+LSTM_DEVICE typename Types<T>::Accumulate cell_state(const CellForward<T>& args, int64_t place,
+                                                     typename Types<T>::Accumulate now,
+                                                     typename Types<T>::Accumulate before) {
   if constexpr (kOptions) {
     using A = typename Types<T>::Accumulate;
-    if (args.zoneout.active()) return {now, kept_state<A>({args.zoneout, place}, now, before)};
+    if (args.zoneout.active()) return kept_state<A>({args.zoneout, place}, now, before);
   }
-  return {now, now};
+  return now;
 }
 // The piece of a function that z lies on: the pieces of some have different slopes where they meet.
 template <typename A>
@@ -113,6 +108,14 @@ LSTM_DEVICE T saved_preactivation(int gate, typename Types<T>::Accumulate z, con
   }
   return rounded;
 }
+template <typename T, typename Cell>
+LSTM_DEVICE void write_preactivations(const CellForward<T>& args, int64_t b, int64_t j,
+                                      const typename Types<T>::Accumulate (&z)[4], const Cell& cell) {
+  if (!args.preactivations) return;
+  for (int gate = 0; gate < 4; ++gate) {
+    args.preactivations[(b * 4 + gate) * args.hidden_size + j] = saved_preactivation<T>(gate, z[gate], cell);
+  }
+}
 // Writes c_t of row b, and the preactivations.
 template <typename T, typename Cell = cell::Plain>
 LSTM_DEVICE void write_state(const CellForward<T>& args, RowState row, int64_t b, int64_t j,
@@ -120,11 +123,7 @@ LSTM_DEVICE void write_state(const CellForward<T>& args, RowState row, int64_t b
                              const Cell& cell = {}) {
   const int64_t H = args.hidden_size, place = b * H + j;
   args.c[place] = c;
-  if (args.preactivations) {
-    for (int gate = 0; gate < 4; ++gate) {
-      args.preactivations[(b * 4 + gate) * H + j] = saved_preactivation<T>(gate, z[gate], cell);
-    }
-  }
+  write_preactivations(args, b, j, z, cell);
   if (!row.has_next()) args.c_n[place] = narrow<T>(c);
 }
 
@@ -145,7 +144,7 @@ LSTM_DEVICE void write_no_cell(const CellForward<T>& args, int64_t b, int64_t j)
 template <typename T>
 struct NewCell {
   typename Types<T>::Accumulate z[4];  // preactivations
-  CellState<typename Types<T>::Accumulate> state;
+  typename Types<T>::Accumulate c;
   OutputValues<T> output;
 };
 // From the preactivations and c_{t-1}.
@@ -157,7 +156,7 @@ LSTM_DEVICE NewCell<T> new_cell(const CellForward<T>& args, RowState row, int64_
   GateValues<typename Types<T>::Accumulate> seen{{z[0], z[1], z[2], z[3]}};
   const auto now = cell::forward<Math>(seen, cell::Here<Math>{before}, cell);
   for (int gate = 0; gate < 4; ++gate) result.z[gate] = seen[gate];
-  result.state = cell_state<kOptions>(args, place, now.c, before);
+  result.c = cell_state<kOptions>(args, place, now.c, before);
   result.output = output_values<kOptions>(args.output, row, place, now.h);
   return result;
 }
@@ -196,7 +195,7 @@ LSTM_DEVICE NewCell<T> new_cell(const CellForward<T>& args, BegunCell& begun, in
 template <typename T, typename Cell = cell::Plain>
 LSTM_DEVICE void write_cell(const CellForward<T>& args, RowState row, int64_t b, int64_t j, const NewCell<T>& made,
                             const Cell& cell = {}) {
-  write_state(args, row, b, j, made.z, made.state.c, cell);
+  write_state(args, row, b, j, made.z, made.c, cell);
   write_output(args.output, row, b, j, args.hidden_size, made.output);
 }
 
@@ -312,6 +311,13 @@ struct CellGradients {
   A z[4];
   A before;
 };
+// The parts of dL/dc_t, as gradient_after gives it, that go to c'_t and, by zoneout, to c_{t-1}.
+template <typename T, typename A>
+LSTM_DEVICE transition::StateGradient<AccurateMath<A>> split_carried(const CellBackward<T>& args, int64_t place,
+                                                                     A after) {
+  if (!args.zoneout.active()) return {after, 0};
+  return split_gradient<A>({args.zoneout, place}, after);
+}
 // Makes them from c'_t, dL/dc_t but for its part through h_t, and through_hidden(dL/dc'_t), which adds that part and
 // returns dL/do.
 template <bool kOptions, typename T, typename ThroughHidden, typename Cell = cell::Plain>
@@ -323,11 +329,9 @@ LSTM_DEVICE CellGradients<typename Types<T>::Accumulate> cell_gradients(
   const int64_t place = b * args.hidden_size + j;
   A past = 0;  // the share that zoneout sends past the step
   if constexpr (kOptions) {
-    if (args.zoneout.active()) {
-      const auto split = split_gradient<A>({args.zoneout, place}, after);
-      past = split.previous;
-      after = split.fresh;
-    }
+    const auto split = split_carried(args, place, after);
+    past = split.previous;
+    after = split.fresh;
   }
   const A d_o = through_hidden(after);
   const auto back =

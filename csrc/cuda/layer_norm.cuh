@@ -99,6 +99,11 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
     for (int which = 0; which < 2; ++which) args.norm_factors[b * 2 + which] = products[which].factor;
   }
 
+  const auto write_carried = [&](int64_t place, A fresh) {
+    const A c = cell_state<true>(cell, place, fresh, previous_cell(row, cell.c_previous, place));
+    cell.c[place] = c;
+    if (!row.has_next()) cell.c_n[place] = narrow<T>(c);
+  };
   A* const new_c = args.workspace + b * 2 * H;
   A* const output_gate = new_c + H;
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
@@ -118,9 +123,9 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
     const GateValues<A> gates = cell::gate_values<Math>(z, options);
     const A before = previous_cell(row, cell.c_previous, b * H + j);
     const A now = cell::state<Math>(gates, cell::Here<Math>{before}, options);
-    const CellState<A> state = cell_state<true>(cell, b * H + j, now, before);
-    write_state(cell, row, b, j, z.gate, state.c, options);
-    new_c[j] = state.now;
+    write_preactivations(cell, b, j, z.gate, options);
+    if (!args.norm.carries) write_carried(b * H + j, now);
+    new_c[j] = now;
     output_gate[j] = gates[cell::kO];
   }
   Normalise<A> of_cell[1];
@@ -128,6 +133,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
     A tanh_input = args.norm.gain_c[j] * of_cell[0](new_c[j]);
     if (args.norm.bias_c) tanh_input += args.norm.bias_c[j];
+    if (args.norm.carries) write_carried(b * H + j, tanh_input);
     const A hidden = cell::hidden<CellMath<T>>(output_gate[j], tanh_input, cell_at<kCell, T>(cell.options, j));
     write_output<true>(cell.output, row, b, j, H, hidden);
   }
@@ -139,11 +145,15 @@ LSTM_DEVICE GateValues<typename Types<T>::Accumulate> gates_again(const CellBack
 }
 // c'_t of a row.
 template <bool kCell, typename T>
-LSTM_DEVICE typename Types<T>::Accumulate state_now_at(const CellBackward<T>& cell, RowState row, int64_t b, int64_t j,
+LSTM_DEVICE typename Types<T>::Accumulate state_now_at(const NormCellBackward<T>& args, RowState row, int64_t b,
+                                                       int64_t j,
                                                        const GateValues<typename Types<T>::Accumulate>& gates) {
+  const CellBackward<T>& cell = args.cell;
   const int64_t place = b * cell.hidden_size + j;
-  return state_now<true, CellMath<T>>(cell, place, gates, previous_cell(row, cell.c_previous, place),
-                                      cell_at<kCell, T>(cell.options, j));
+  const auto before = previous_cell(row, cell.c_previous, place);
+  const auto options = cell_at<kCell, T>(cell.options, j);
+  if (args.norm.carries) return cell::state<CellMath<T>>(gates, cell::Here<CellMath<T>>{before}, options);
+  return state_now<true, CellMath<T>>(cell, place, gates, before, options);
 }
 
 template <typename T, bool kCell>
@@ -174,7 +184,7 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   // The mean and factor of N(c'_t) again: they are not saved.
   Normalise<A> of_cell[1];
   find_moments(of_cell, H, shared,
-               [&](int, int64_t j) { return state_now_at<kCell>(cell, row, b, j, gates_again<kCell>(cell, b, j)); });
+               [&](int, int64_t j) { return state_now_at<kCell>(args, row, b, j, gates_again<kCell>(cell, b, j)); });
 
   // Through tanh: dL/do, which waits in the place of the gradient of its preactivation, and the sums for dL/dc'_t.
   A sums_c[2] = {};
@@ -182,11 +192,11 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   A* const grad_z = args.grad_preactivations + b * 4 * H;
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
     const GateValues<A> gates = gates_again<kCell>(cell, b, j);
-    const A hat = of_cell[0](state_now_at<kCell>(cell, row, b, j, gates));
+    const A hat = of_cell[0](state_now_at<kCell>(args, row, b, j, gates));
     A tanh_input = args.norm.gain_c[j] * hat;
     if (args.norm.bias_c) tanh_input += args.norm.bias_c[j];
     const A dh = cell.grad_hidden ? cell.grad_hidden[b * H + j] : output_gradient_at<true>(cell.output, row, b, j, H);
-    A grad = 0;
+    A grad = args.norm.carries ? split_carried(cell, b * H + j, gradient_after<true>(cell, row, b * H + j)).fresh : 0;
     const auto squashed = cell::squash<CellMath<T>>(tanh_input, cell_at<kCell, T>(cell.options, j));
     const A d_o = cell::hidden_backward<CellMath<T>>(gates[cell::kO], squashed, dh, grad);
     grad_tanh_input[j] = grad;
@@ -201,14 +211,14 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kNormThreads)
   A sums[4] = {};
   for (int64_t j = threadIdx.x; j < H; j += blockDim.x) {
     const GateValues<A> gates = gates_again<kCell>(cell, b, j);
-    const A now = state_now_at<kCell>(cell, row, b, j, gates), hat = of_cell[0](now);
+    const A now = state_now_at<kCell>(args, row, b, j, gates), hat = of_cell[0](now);
     const A dc =
         of_cell[0].factor * (grad_tanh_input[j] * args.norm.gain_c[j] - sums_c[0] / units - hat * (sums_c[1] / units));
     const auto grad = cell_gradients<true>(
         cell, b, j, gates, previous_cell(row, cell.c_previous, b * H + j), now,
         gradient_after<true>(cell, row, b * H + j),
         [&](A& sum) {
-          sum += dc;
+          sum = args.norm.carries ? dc : sum + dc;
           return grad_z[cell::kO * H + j];
         },
         cell_at<kCell, T>(cell.options, j));

@@ -26,7 +26,7 @@ void copy_options(const WeightsFile& file, const FileArrays& arrays, Arena& aren
   options.zoneout_h.share = static_cast<T>(h.zoneout_h);
   options.zoneout_c.share = static_cast<T>(h.zoneout_c);
   options.norm = {copied(arrays.gain_ih, 4), copied(arrays.gain_hh, 4), copied(arrays.gain_c, 1),
-                  copied(arrays.bias_c, 1)};
+                  copied(arrays.bias_c, 1), file.has(kCarriesNormalisedCell)};
   cell::Options<T>& cell = options.cell;
   const void* const peepholes[] = {arrays.weight_ci, arrays.weight_cf, arrays.weight_co};
   for (int i = 0; i < cell::kParameters; ++i) cell.parameters[i] = copied(peepholes[i], 1);

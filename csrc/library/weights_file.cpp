@@ -119,6 +119,7 @@ const char* WeightsFile::check_fields() const {
   };
   if (h.flags & ~uint32_t{kAllFlags}) return invalid("flags");
   if (has(kHasLayerNorm) && (has(kHasPeepholes) || has(kIsCoupled))) return invalid("flags");
+  if (has(kCarriesNormalisedCell) && !has(kHasLayerNorm)) return invalid("flags");
   if (h.float64 > 1) return invalid("dtype");
   if (h.weight_kind > static_cast<uint32_t>(WeightKind::kInt8)) return invalid("weight_kind");
   if (h.float64 != 0 && kind() != WeightKind::kOwn) return invalid("weight_kind");

@@ -37,7 +37,8 @@ enum FileFlag : uint32_t {
   kHasLayerNorm = 8,
   kIsCoupled = 16,
   kHasOtherActivations = 32,
-  kAllFlags = 63
+  kCarriesNormalisedCell = 64,
+  kAllFlags = 127
 };
 
 // The arrays of one direction of one layer, in the file's bytes; null where it has none. Weights are of the kind of the

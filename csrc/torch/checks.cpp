@@ -62,6 +62,8 @@ void check_options(const LayerCall& call, const LayerSizes& sizes) {
               "lstm_ext: the CUDA kernels do not compute gates with other activations or a clip again");
   TORCH_CHECK(options.norm.empty() || (options.peephole.empty() && !options.coupled_gates),
               "lstm_ext: layer normalisation goes with neither peepholes nor coupled gates");
+  TORCH_CHECK(!options.norm_cell || !options.norm.empty(),
+              "lstm_ext: norm_cell: got no parameters of layer normalisation");
   const auto check_parameters = [&](const char* what, const std::vector<at::Tensor>& parameters, int64_t per_direction,
                                     const char* const* names, int64_t of_gates) {
     TORCH_CHECK(static_cast<int64_t>(parameters.size()) == per_direction * sizes.directions, "lstm_ext: got ",

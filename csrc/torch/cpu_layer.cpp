@@ -62,7 +62,7 @@ StepOptions<T> step_options(const LayerCall& call, const LayerSizes& sizes, int6
   options.zoneout_h = {flag_pointer(given.keep_h, direction), static_cast<T>(given.zoneout_h)};
   options.zoneout_c = {flag_pointer(given.keep_c, direction), static_cast<T>(given.zoneout_c)};
   options.cell = cell_options<T>(given, direction, !given.recompute);
-  if (!given.norm.empty()) options.norm = layer_norm<T>(sizes.parameters(call, direction));
+  if (!given.norm.empty()) options.norm = layer_norm<T>(sizes.parameters(call, direction), given);
   return options;
 }
 

@@ -353,7 +353,7 @@ class StepwiseBackward : ChunkGradients {
     const int64_t row = row_in_chunk(side, step);
     cuda::NormCellBackward<T> args{};
     args.cell = cell;
-    args.norm = layer_norm<A>(side.layer);
+    args.norm = layer_norm<A>(side.layer, options_);
     args.norm_input = row_pointer<const T>(rows_of_direction(saved_.norm_products, side.d), step.offset);
     args.norm_recurrent =
         row_pointer<const T>(rows_of_direction(saved_.norm_products, sizes_.directions + side.d), step.offset);

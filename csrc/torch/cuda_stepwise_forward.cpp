@@ -367,7 +367,7 @@ class StepwiseForward : Stepwise {
     using A = typename cuda::Types<T>::Accumulate;
     cuda::NormCellForward<T> args{};
     args.cell = cell;
-    args.norm = layer_norm<A>(layer);
+    args.norm = layer_norm<A>(layer, options_);
     args.norm_input = row_pointer<T>(b.norm_input, step.offset);
     args.norm_recurrent = row_pointer<T>(b.norm_recurrent, step.offset);
     args.norm_factors = row_pointer<A>(b.norm_factors, step.offset);

@@ -73,9 +73,9 @@ inline const uint8_t* flag_pointer(const at::Tensor& t, int64_t row = 0) {
 }
 
 template <typename T>
-LayerNorm<T> layer_norm(const DirectionParameters& own) {
+LayerNorm<T> layer_norm(const DirectionParameters& own, const LayerOptions& options) {
   return {row_pointer<const T>(own.gain_ih), row_pointer<const T>(own.gain_hh), row_pointer<const T>(own.gain_c),
-          row_pointer<const T>(own.bias_c)};
+          row_pointer<const T>(own.bias_c), options.norm_cell};
 }
 
 }  // namespace lstm_ext

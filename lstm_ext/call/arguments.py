@@ -192,6 +192,8 @@ def request(
         del layer["recompute"]
     if stack.gru:
         layer["gru"] = True
+    if given.get("layer_norm") == "cell":
+        layer["norm_cell"] = True
     if activations := activation_text(
         given.get("gate_activation", "sigmoid"), given.get("cell_activation", "tanh")
     ):

@@ -17,7 +17,7 @@ from ..layer import route
 from ..layer.layer_call import LayerFunction
 from ..layer.shapes import weight_counts
 from ..layer.tracing import any_autocast, is_zero
-from ..options import OPTIONS, CellParameters, checked, requested, unexpected_argument
+from ..options import OPTIONS, CellParameters, FunctionalOptions, checked, requested, unexpected_argument
 from . import cuda_choice
 from .arguments import CallOptions, Requested, Stack, any_requested, request
 from .autocast import autocast_dtype
@@ -180,16 +180,19 @@ def _options_of(
     """The options that these keywords request, checked, and the parameters among them, which are not."""
     given: dict[str, Any] = {}
     cell_weights = []
+    known = FunctionalOptions.__annotations__
     for name, option in OPTIONS.items():
         if (added := option.parameters) is not None:
             tensors = keywords.pop(added.keyword, None)
-            if tensors is not None:
-                given[name] = True
+            kind = keywords.pop(name, False) if name in known else False
+            if kind is not False and tensors is None and not gru:
+                raise ValueError(f"{name}: expected {added.keyword} with it, got {name}={kind!r} alone")
+            if tensors is not None or kind is not False:
+                given[name] = True if kind is False else kind
                 cell_weights.append((added, tensors))
         elif option.call and name in keywords:
             given[name] = keywords.pop(name)
     for name in keywords:
-        known = [o.parameters.keyword if o.parameters else n for n, o in OPTIONS.items() if o.call]
         raise unexpected_argument("gru()" if gru else "lstm()", name, [*known, *CallOptions._fields])
     return requested(checked(given, {}, bias, gru)) if given else None, cell_weights
 

@@ -88,7 +88,7 @@ def _cell(
             c = torch.clamp(c, -bound, bound)
         o = gate_function(bounded(o + peephole[2] * c if peephole else o))
         seen = layer_norm(c, norm[2], norm[3] if len(norm) == 4 else None) if norm else c
-        return o * output_function(seen), c, i, f, g, o
+        return o * output_function(seen), seen if options.norm_cell else c, i, f, g, o
 
     return step
 

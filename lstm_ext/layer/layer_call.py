@@ -40,6 +40,7 @@ class LayerOptions:
         zoneout_h, zoneout_c: without flags, the share of the previous state that is kept.
         norm: the parameters of layer normalisation: D sets of ``gain_ih (4H), gain_hh (4H), gain_c (H)[, bias_c (H)]``,
             ``bias_c`` if the layer has biases. Empty without layer normalisation.
+        norm_cell: whether the normalised c_t is the one that the next step takes; only with ``norm``.
         peephole: D sets of ``w_ci, w_cf, w_co``, (H) each. Empty without peepholes.
         frozen: D tensors of bytes, on the CPU: the results of the extension's ``freeze_weights``. The kernels read
             them in place of the weights. Such a layer has no gradients. Empty for all others.
@@ -66,6 +67,7 @@ class LayerOptions:
     zoneout_h: float = 0
     zoneout_c: float = 0
     norm: Sequence[Tensor] = field(default=(), metadata={"gradient": True})
+    norm_cell: bool = False
     peephole: Sequence[Tensor] = field(default=(), metadata={"gradient": True})
     frozen: Sequence[Tensor] = field(default=(), metadata={"gradient": False})
     cell_clip: float = 0

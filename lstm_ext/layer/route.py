@@ -500,6 +500,7 @@ def _warn_about_cuda(reason: str) -> None:
 # The options of a layer by their public names.
 _USERS_NAMES = {
     "norm": "layer_norm",
+    "norm_cell": "layer_norm",
     "recurrent_mask": "recurrent_dropout",
     "reset_h": "reset_state",
     "reset_c": "reset_state",

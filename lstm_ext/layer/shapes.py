@@ -88,6 +88,8 @@ def check_shapes(call: LayerCall) -> None:
             raise ValueError(f"lstm_ext: {name} is {getattr(options, name)}, expected a number of at least 0")
     if options.norm and (options.peephole or options.coupled_gates):
         raise RuntimeError("lstm_ext: layer normalisation goes with neither peepholes nor coupled gates")
+    if options.norm_cell and not options.norm:
+        raise RuntimeError("lstm_ext: norm_cell: got no parameters of layer normalisation")
     if options.gru:
         others = [name for name in options.as_keywords() if name not in _OF_GRU]
         others += ["c0"] * (call.c0 is not None) + ["weight_hr"] * projected

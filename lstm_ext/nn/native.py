@@ -27,8 +27,8 @@ _FORMAT = 1
 # csrc/library/weights_file.h has the same as a struct.
 _HEADER = "<8sIIQII6I3Q4d" + 3 * "IIdd" + "Q"
 _CHECKSUM_AT = 24
-_HAS_BIAS, _IS_PROJECTED, _HAS_PEEPHOLES, _HAS_LAYER_NORM, _IS_COUPLED, _HAS_ACTIVATIONS = (
-    1 << bit for bit in range(6)
+_HAS_BIAS, _IS_PROJECTED, _HAS_PEEPHOLES, _HAS_LAYER_NORM, _IS_COUPLED, _HAS_ACTIVATIONS, _NORM_CELL = (
+    1 << bit for bit in range(7)
 )
 _KINDS = {None: 0, torch.bfloat16: 1, torch.int8: 2}
 
@@ -111,9 +111,10 @@ def _header(layer: Any, content_bytes: int) -> bytes:
         _HAS_BIAS * bool(layer.bias)
         | _IS_PROJECTED * bool(layer.proj_size)
         | _HAS_PEEPHOLES * layer.peephole
-        | _HAS_LAYER_NORM * layer.layer_norm
+        | _HAS_LAYER_NORM * bool(layer.layer_norm)
         | _IS_COUPLED * layer.coupled_gates
         | _HAS_ACTIVATIONS * bool(text)
+        | _NORM_CELL * (layer.layer_norm == "cell")
     )
     return struct.pack(
         _HEADER,

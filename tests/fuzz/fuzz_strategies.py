@@ -118,7 +118,7 @@ def options(draw: st.DrawFn, layout: str, rows: tuple[int, ...], bias: bool) -> 
     if draw(rarely):
         rate = st.one_of(st.sampled_from([0, 0.0]), RATES)
         found["zoneout"] = draw(st.one_of(RATES, st.tuples(rate, rate)))
-    found |= {"layer_norm": draw(rarely), "recompute": draw(rarely)}
+    found |= {"layer_norm": draw(st.sampled_from([False] * 4 + [True, "cell"])), "recompute": draw(rarely)}
     if draw(rarely):
         found["cell_clip"] = draw(st.sampled_from([0.05, 0.3, 1, 50.0]))
     if draw(rarely):

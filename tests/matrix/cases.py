@@ -98,6 +98,8 @@ class CallOptions:
         for name in (*names, "peephole", "cell_clip", "coupled_gates", "preactivation_clip"):
             if getattr(self, name):
                 yield name
+        if self.layer_norm == "cell":
+            yield "layer_norm, cell"
         if (self.gate_activation, self.cell_activation) != ("sigmoid", "tanh"):
             yield "activations"
         mode = "training" if training else "evaluation"
@@ -557,6 +559,7 @@ FORMS: dict[str, dict[str, Any]] = {
 CELLS: dict[str, dict[str, Any]] = {
     "plain": {},
     "norm": {"layer_norm": True},
+    "norm, cell": {"layer_norm": "cell", "zoneout": (0.1, 0.2)},
     "zoneout": {"zoneout": (0.3, 0.2)},
     "peephole": {"peephole": True},
     "clip": {"cell_clip": 0.25},

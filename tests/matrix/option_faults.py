@@ -375,8 +375,10 @@ VALUES: dict[str, Fault] = {
     },
     **{
         f"{name}: no flag": of_layers(name, NO_FLAGS, type_error(name + " should be a bool, got {repr}"))
-        for name in ("layer_norm", "peephole")
+        for name in ("peephole",)
     },
+    "layer_norm: no kind": of_layers("layer_norm", [*NO_FLAGS, "Cell", ["cell"]],
+                                     type_error('layer_norm should be a bool or "cell", got {repr}')),
     **{
         f"{name}: no bound": value(
             name, CLIPS, value_error(name + " should be a positive finite number or None, got {repr}")
@@ -408,6 +410,10 @@ VALUES: dict[str, Fault] = {
         "coupled_gates: not available together with layer_norm", layer_norm=True, coupled_gates=True
     )._replace(layer=None),
     "layer_norm: late": late("layer_norm"),
+    "layer_norm without norm_weights": Fault(
+        lambda c: c.arguments.update(layer_norm="cell", norm_weights=None),
+        function=value_error("layer_norm: expected norm_weights with it, got layer_norm='cell' alone"),
+    ),
     "peephole: late": late("peephole"),
     "unknown: zoneot": unknown("zoneot", "zoneout", "constructor"),
     "unknown: hiden_size": unknown("hiden_size", "hidden_size", "constructor"),

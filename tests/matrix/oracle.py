@@ -199,6 +199,8 @@ class Cell:
         new_c = self.bounded(new_c, self.module.cell_clip)
         o = self.activated(gate, self.bounded(o + self.sees[2] * new_c))
         seen = normalised(new_c, self.gain_c, self.bias_c) if self.module.layer_norm else new_c
+        if self.module.layer_norm == "cell":
+            new_c = seen
         new_h = self.activated(visible, seen) * o
         if self.w_hr is not None:
             new_h = self.w_hr @ new_h

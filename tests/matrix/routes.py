@@ -134,7 +134,7 @@ def function_arguments(module: Any) -> dict[str, Any]:
     given = {
         name: v
         for name, v in module._given.items()
-        if OPTIONS[name].call and OPTIONS[name].parameters is None
+        if OPTIONS[name].call and (OPTIONS[name].parameters is None or v == "cell")
     }
     names = ("bias", "num_layers", "dropout", "training", "bidirectional", "batch_first")
     plain = {name: getattr(module, name) for name in names}

@@ -82,7 +82,8 @@ def test_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "at", "kind", "value"),
     [
-        ("flags", 28, "I", 64),
+        ("flags", 28, "I", 128),
+        ("flags", 28, "I", 1 + 2 + 64),  # a normalised c_t without layer normalisation
         ("flags", 28, "I", 1 + 2 + 8 + 16),  # layer normalisation with coupled gates
         ("flags", 28, "I", 1 + 2 + 8 + 4),  # and with peepholes
         ("dtype", 32, "I", 2),

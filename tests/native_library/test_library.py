@@ -56,6 +56,7 @@ CASES = {
     "zoneout": Case({"zoneout": (0.1, 0.3), "num_layers": 2}),
     "layer_norm": Case({"layer_norm": True, "bidirectional": True}, hidden=100),
     "layer_norm, no bias": Case({"layer_norm": True, "bias": False, "proj_size": 7}),
+    "layer_norm, cell": Case({"layer_norm": "cell", "zoneout": 0.1, "num_layers": 2}, hidden=130),
     "peephole": Case({"peephole": True, "bidirectional": True, "num_layers": 2}),
     "clips": Case({"cell_clip": 0.4, "preactivation_clip": 1.5, "peephole": True}, dtype=torch.float64),
     "coupled": Case({"coupled_gates": True, "zoneout": 0.2}, weights=torch.int8, hidden=130),

@@ -35,6 +35,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "preactivation_clip": 0.8,
     },
     "other cells": {"peephole": True, "cell_clip": 0.3, "coupled_gates": True, "bidirectional": True},
+    "norm, cell": {"layer_norm": "cell", "bidirectional": True},
     "options": {"layer_norm": True, "zoneout": (0.1, 0.2), "recurrent_dropout": 0.3, "proj_size": 40},
 }
 # Products of int8 weights are sums of bytes in most of them, so the fixture's choice is not enough.

@@ -103,6 +103,7 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "mask, resets, projection": (("hx", "mask", "resets"), {"proj_size": 3}, "Scan"),
     "norm": (("hx", "lengths"), {"layer_norm": True, "bidirectional": True, "zoneout": (0.1, 0.2)}, "Scan"),
     "norm, no bias": (("hx",), {"layer_norm": True, "bias": False, "cell_clip": 0.4}, "Scan"),
+    "norm, cell": (("hx", "resets"), {"layer_norm": "cell", "zoneout": (0.1, 0.2)}, "Scan"),
     "cell": (("hx", "resets"), {"peephole": True, "cell_clip": 0.5, "coupled_gates": True, **OTHERS}, "Scan"),
 }
 

@@ -212,7 +212,7 @@ struct Layer {
       layer.options.zoneout_h = {keep_h.data(), T(0.1)};
       layer.options.zoneout_c = {nullptr, T(0.2)};
     }
-    if (is.has(kNorm)) layer.options.norm = {d.gain.data(), d.gain.data(), d.gain_c.data(), d.bias_c.data()};
+    if (is.has(kNorm)) layer.options.norm = {d.gain.data(), d.gain.data(), d.gain_c.data(), d.bias_c.data(), false};
     if (is.has(kOtherCell)) set_other_cell<T>(layer.options.cell, d.peephole.data(), H);
 
     ForwardParams<T>& f = forward[static_cast<size_t>(i)];
