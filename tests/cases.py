@@ -136,7 +136,14 @@ OPTIONS = {
     "norm, clip": Case(norm="own", hidden_size=16, cell_clip=0.3, resets="to a state"),
     "norm, cell": Case(norm="own", norm_cell=True, hidden_size=16, chunk_bytes=2000, resets="to a state"),
     "norm, cell, clip, no bias, no hx": Case(
-        norm="own", norm_cell=True, steps=3, hidden_size=40, cell_clip=1, bias=False, hx=False, bidirectional=True
+        norm="own",
+        norm_cell=True,
+        steps=3,
+        hidden_size=40,
+        cell_clip=1,
+        bias=False,
+        hx=False,
+        bidirectional=True,
     ),
     "norm, cell, all": Case(
         norm="float32",
