@@ -28,7 +28,7 @@ def __dir__() -> list[str]:
 
 
 # The order of the gates' rows is i, f, g, o here and i, o, f, c in ONNX, where c is our g; of peepholes i, f, o here.
-# Of a GRU it is r, z, n here and z, r, h in ONNX, where h is our n.
+# The order of those of a GRU is r, z, n here and z, r, h in ONNX, where h is our n.
 _GATES = (0, 3, 1, 2)
 _GRU_GATES = (1, 0, 2)
 _PEEPHOLES = (0, 2, 1)
