@@ -203,6 +203,7 @@ _IN_KERAS: dict[str, tuple[tuple[float, ...], ...]] = {
 
 _KERAS, _KERAS_GRU = Source("from_keras", "ifgo"), Source("from_keras", "zrn")
 _PLAIN_FUNCTIONS = {"gate_activation": "sigmoid", "cell_activation": "tanh"}
+_RESET_BEFORE = "reset_after=False: this layer multiplies by the reset gate after the product only"
 _KERAS_ARRAYS = ("kernel", "recurrent_kernel", "bias")
 
 
@@ -214,7 +215,7 @@ def _keras_directions(weights: Sequence[Any]) -> list[Direction]:
     rows, columns = (*getattr(weights[1], "shape", ()), 0, 0)[:2]
     read = _KERAS_GRU if rows and columns == 3 * rows else _KERAS
     if read is _KERAS_GRU and any(getattr(bias, "ndim", 2) == 1 for _, _, bias in parts):
-        raise read.refuse("reset_after=False: this layer multiplies by the reset gate after the product only")
+        raise read.refuse(_RESET_BEFORE)
     return [read.matrices(kernel, recurrent, bias, _KERAS_ARRAYS) for kernel, recurrent, bias in parts]
 
 
@@ -266,9 +267,7 @@ def _keras_layers(layer: Any) -> tuple[list[Any], dict[str, Any]]:
         if kind not in ("LSTM", "GRU") or kind != type(inner[0]).__name__:
             raise _KERAS.refuse(f"expected layers of the class LSTM or GRU, got {kind}")
         if kind == "GRU" and not one.reset_after:
-            raise _KERAS.refuse(
-                "reset_after=False: this layer multiplies by the reset gate after the product only"
-            )
+            raise _KERAS.refuse(_RESET_BEFORE)
     found = _keras_settings(inner[0])
     if len(inner) == 2 and _keras_settings(inner[1], back=True) != found:
         raise _KERAS.refuse("a Bidirectional whose layers differ in their activations")
