@@ -146,7 +146,7 @@ def test_the_newest_record_of_each_machine_counts(modules) -> None:
     )
 
     block = next(block for block in modules.pages.BLOCKS if block.name == "uses")
-    kinds = ("suite_", "cpu_", "contract_", "torchrl_")
+    kinds = ("suite_", "malloc_", "cpu_", "contract_", "torchrl_")
     names = {path.name for path in RESULTS.glob("*.json") if path.name.startswith(kinds)}
     assert set(modules.pages.record_of(block)) == names
 
