@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from cuda_problems import Problem, assert_same_bits, sized, tf32
-from cuda_runs import NotRun, Run, check, gpu_check, on_two_streams, replayed
+from cuda_problems import Problem, assert_same_bits, sized
+from cuda_runs import NotRun, Run, check, gpu_check, kernel, on_two_streams, plan, replayed
 from judge import relative_error
 from matrix.cases import Case
 from torch import Tensor
@@ -26,13 +26,6 @@ REPEATS, SECONDS = 10_000, 9.0  # of all cases
 
 
 @contextlib.contextmanager
-def kernel(name: str) -> Iterator[None]:
-    """What computes CUDA layers; float32 may be rounded to TF32, without which these kernels do not take it."""
-    with tf32(rnn=True), cuda_kernels.forced(name):
-        yield
-
-
-@contextlib.contextmanager
 def wait_limit(seconds: float) -> Iterator[None]:
     """Of forward passes that this thread calls."""
     loader.extension().set_cuda_wait_limit_of_thread(seconds)
@@ -40,25 +33,6 @@ def wait_limit(seconds: float) -> Iterator[None]:
         yield
     finally:
         loader.extension().set_cuda_wait_limit_of_thread(None)
-
-
-def plan(run: Run, case: Case, dtype: torch.dtype, name: str, backward: bool = False) -> dict[str, Any]:
-    """Of the first layer. Without a GPU: on one that the planner knows."""
-    extension = loader.extension()
-    on_gpu = run.device.type == "cuda"
-    return extension.cuda_plan(
-        device=extension.cuda_facts(run.device.index or 0) if on_gpu else extension.cuda_devices()[0],
-        steps=max(case.lengths),
-        batch=len(case.lengths),
-        input_size=case.input_size,
-        hidden_size=case.hidden_size,
-        directions=case.directions,
-        dtype=str(dtype).removeprefix("torch."),
-        packed=case.packed,
-        options=case.options is not None,
-        backward=backward,
-        kernel=name,
-    )
 
 
 # ---- values

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import cuda_checks
@@ -22,6 +23,7 @@ import lstm_ext
 from lstm_ext.layer import cuda_kernels, route
 from lstm_ext.layer.layer_call import LayerCall, LayerOptions
 from lstm_ext.native import loader
+from lstm_ext.native.config import CUDA_KERNELS
 
 
 @pytest.mark.devices("cuda")
@@ -65,6 +67,38 @@ def test_checks_fail_where_they_should(monkeypatch: pytest.MonkeyPatch) -> None:
         "result": "not run",
         "reason": "not on cpu",
     }
+
+
+@pytest.fixture
+def unforced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process of its own: conftest.py forces our kernels."""
+    monkeypatch.setattr(cuda_kernels, "_forced", Counter())
+    monkeypatch.delenv("LSTM_EXT_CUDA_KERNEL", raising=False)
+
+
+@pytest.mark.parametrize("name", [*cuda_checks.CHECKS, "sanitized"])
+def test_a_check_that_runs_unforced_fails(name: str, unforced: None) -> None:
+    """On a GPU it would check torch's own operator."""
+    check = cuda_checks.CHECKS.get(name, cuda_checks.sanitized)
+    with pytest.raises(AssertionError, match="none of our kernels is forced"):
+        check(cuda_checks.Run(torch.device("cpu"), quick=True))
+
+
+@pytest.mark.parametrize("name", ["determinism", "race_loop", "sanitized", "gradcheck"])
+def test_the_checks_force_our_kernels(name: str, unforced: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the program, where nobody else does; and each of them where bits are compared, or a sanitizer watches."""
+    kernels = set()
+
+    def forward(problem: cuda_checks.Problem) -> list[torch.Tensor]:
+        assert cuda_kernels.is_forced()
+        kernels.update(kernel for kernel, contexts in cuda_kernels._forced.items() if contexts)
+        return real(problem)
+
+    real = cuda_checks.Problem.forward
+    monkeypatch.setattr(cuda_checks.Problem, "forward", forward)
+    assert cuda_checks.main(["--device", "cpu", "--quick", name]) == 0
+    assert not cuda_kernels.is_forced()
+    assert kernels >= ({"auto"} if name == "gradcheck" else set(CUDA_KERNELS))
 
 
 def test_what_the_check_of_waits_does_without_a_gpu() -> None:
