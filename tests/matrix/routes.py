@@ -333,6 +333,21 @@ def forward_gradients(function: Any, leaves: Sequence[Tensor], grads: Sequence[T
     return jacfwd(weighted, tuple(range(len(leaves))))(*leaves)
 
 
+def on_device(device: str, module: Any, x: Any, hx: Any, **more: Any) -> Any:
+    """On another device, with arguments, gradients and results on the CPU."""
+
+    def moved(found: Any, device: str) -> Any:
+        kinds = (Tensor, PackedSequence)  # which keeps its sizes on the CPU
+        return tree_map(
+            lambda t: t.to(device) if isinstance(t, kinds) else t,
+            found,
+            is_leaf=lambda t: isinstance(t, kinds),
+        )
+
+    given = moved((dict(module.named_parameters()), (x, hx), more), device)
+    return moved(functional_call(module, *given), "cpu")
+
+
 def under_autocast(module: Any, x: Any, hx: Any, **more: Any) -> Any:
     """In float32, with numbers of the lower precision: a layer of that precision has the same results."""
     wide = partial(tree_map, lambda t: t.float() if isinstance(t, Tensor) and t.is_floating_point() else t)

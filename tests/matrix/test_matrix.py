@@ -10,8 +10,11 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves
 
-from lstm_ext.layer import equations
+import lstm_ext
+from lstm_ext.layer import cuda_kernels, equations
 
 from .cases import (
     CAPABILITIES,
@@ -24,9 +27,10 @@ from .cases import (
     WEIGHT_STRIDES,
     Case,
     case_of,
+    tensors_of,
 )
-from .judge import check
-from .routes import ROUTES
+from .judge import check, run
+from .routes import ROUTES, draws, on_device
 
 
 def cases(mode: str = "", share: int = 0) -> Iterator[Any]:
@@ -71,6 +75,42 @@ def test_gradients_of_gradients(route: str, case: Case) -> None:
 
 
 DTYPES = ("float32", "bfloat16", "float64", "float16")
+
+
+# Without what is random: a GPU draws other numbers. A GRU has no kernels there.
+ON_A_GPU = [name for name in SLICE if CASES[name].cell != "GRU" and not draws(CASES[name])]
+
+
+@pytest.mark.devices("cuda")
+@pytest.mark.parametrize("case", ON_A_GPU)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_on_a_gpu(dtype: str, case: str) -> None:
+    """`make gpu-check` runs these."""
+    torch.set_default_device(None)  # what a case is judged by is on the CPU
+    index = torch.cuda.current_device()
+    assert cuda_kernels.may_run(index), cuda_kernels.why_not(index)
+    call = partial(on_kernels, partial(on_device, "cuda"))
+    check(dataclasses.replace(CASES[case], dtype=dtype), call=call)
+
+
+@pytest.mark.parametrize("case", ON_A_GPU[5::25])
+def test_the_way_to_a_device_and_back(case: str) -> None:
+    """Without a GPU: the numbers on the CPU, and on a device without numbers that everything came there."""
+    check(CASES[case], call=partial(on_kernels, partial(on_device, "cpu")))
+    seen = []
+
+    def note(module: Any, arguments: Any, more: Any) -> None:
+        found = [*arguments, *more.values(), *module.parameters()]
+        leaves = tree_leaves([x.data if isinstance(x, PackedSequence) else x for x in found])
+        seen.extend([t.device.type for t in leaves if isinstance(t, torch.Tensor)])
+
+    def call(module: Any, *arguments: Any, **more: Any) -> None:
+        module.register_forward_pre_hook(note, with_kwargs=True)
+        on_device("meta", module, *arguments, **more)
+
+    with pytest.raises(NotImplementedError, match="meta tensor"):
+        run(lstm_ext.LSTM, CASES[case], tensors_of(CASES[case]), torch.float64, call)
+    assert set(seen) == {"meta"}
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
