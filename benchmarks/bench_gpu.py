@@ -1,14 +1,17 @@
 """lstm_ext.LSTM against torch.nn.LSTM, which is cuDNN's, on a GPU; `make gpu-bench` runs it.
 
     python benchmarks/bench_gpu.py [--budget SECONDS] [--only GROUP ...] [--dtypes NAME ...]
-                                   [--output results/NAME.json]
+                                   [--audit] [--output results/NAME.json]
     python benchmarks/bench_gpu.py --device cpu --tiny         # a trial of the script, without meaning
 
 The record is as that of bench.py. Both sides take turns, and a sample begins and ends with an idle GPU, so the time
 that launches take is in it; short calls are timed several at once. Per shape and dtype: inference; a training step,
 forward and backward with every gradient, its forward half, and the peak of memory; inference replayed from a CUDA
 graph. gpu_shapes.py says what is measured and in which order; when the budget is spent, the rest is left out and
-counted. The file is rewritten after every case.
+counted, and so is what has no room in the memory that is free. The file is rewritten after every case.
+
+``--audit``: what a plain call takes by itself, beside each of our kernels and torch.nn.LSTM. With an empty cache
+(XDG_CACHE_HOME) it chooses as in a user's first process.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +40,14 @@ from sides import lengths_of
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
+from lstm_ext.call import cuda_choice
 from lstm_ext.layer import cuda_kernels
 from lstm_ext.native import loader
-from lstm_ext.native.config import TRIED_CUDA_KERNELS
+from lstm_ext.native.config import CUDA_KERNELS, TRIED_CUDA_KERNELS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LEAST, MOST = 5, 60  # turns of a case
-SECONDS, TINY_SECONDS = 1.0, 0.01  # of a case
+SECONDS, TINY_SECONDS = 0.4, 0.01  # of each kind of a case
 # Of the largest value. A warning, no verdict: what is right is for the test suite to say.
 AGREEMENT = {"float16": 0.02, "bfloat16": 0.1, "float32": 1e-3, "tf32": 0.02}
 
@@ -177,10 +182,61 @@ def measure(case: Case, device: torch.device, seconds: float) -> list[Result]:
     return results
 
 
+def kernels_for(case: Case, device: torch.device) -> list[str]:
+    """Those that compute such layers and have been right here; without a GPU all, for a trial."""
+
+    def takes(kernel: str) -> bool:
+        plans = planned(replace(case, kernel=kernel), device)
+        return plans is None or (
+            plans[0] == kernel and cuda_kernels.outcome(device, kernel, case.torch_dtype) is True
+        )
+
+    return [kernel for kernel in CUDA_KERNELS if takes(kernel)]
+
+
+def forcing(kernel: str, call: Callable[[], object]) -> Callable[[], object]:
+    def forced() -> object:
+        with cuda_kernels.forced(kernel):
+            return call()
+
+    return forced
+
+
+def audit(case: Case, device: torch.device, seconds: float) -> list[Result]:
+    """For inference and for a training step: how much longer than the fastest way takes what `auto` chose."""
+    results = []
+    with tf32(case.dtype == "tf32"):
+        sides = Sides(case, device)
+        for kind in ("inference", "training"):
+            calls = sides.calls(kind == "training")
+            assert not cuda_kernels.is_forced(), "a kernel is requested, so `auto` has nothing to choose"
+            before = set(cuda_choice.recorded(device))
+            calls["ours"]()
+            chosen = [str(c) for key, c in cuda_choice.recorded(device).items() if key not in before]
+            ways = {"auto": calls["ours"], "torch": calls["torch"]}
+            ways |= {kernel: forcing(kernel, calls["ours"]) for kernel in kernels_for(case, device)}
+            found = harness.interleave(ways, seconds, LEAST, MOST, end=sides.wait)
+            result = case.head(kind) | {
+                "chosen": chosen,
+                "calls": found.calls,
+                "unit": "ms",
+                "sides": {name: records.side(samples, 1e3) for name, samples in found.seconds.items()},
+            }
+            results.append(result | compared({name: s["median"] for name, s in result["sides"].items()}))
+    return results
+
+
+def compared(medians: dict[str, float]) -> dict[str, Any]:
+    others = {name: median for name, median in medians.items() if name != "auto"}
+    fastest = min(others, key=lambda name: others[name])
+    return {"fastest": fastest, "auto_to_fastest": medians["auto"] / others[fastest]}
+
+
 # ---- the facts
 
 
-def nvidia_smi() -> dict[str, str] | None:
+def nvidia_smi(device: torch.device) -> dict[str, str] | None:
+    """Of the card that torch has by this number: nvidia-smi counts those that CUDA_VISIBLE_DEVICES hides, too."""
     if shutil.which("nvidia-smi") is None:
         return None
     fields = [
@@ -190,15 +246,21 @@ def nvidia_smi() -> dict[str, str] | None:
         "power.limit",
         "temperature.gpu",
         "utilization.gpu",
+        "compute_mode",
     ]
+    card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     try:
         run = subprocess.run(
-            ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],
+            ["nvidia-smi", "-i", card, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"],
             capture_output=True, text=True, timeout=30, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
     return dict(zip(fields, (value.strip() for value in run.stdout.strip().split(",")), strict=False))
+
+
+def free_bytes(device: torch.device) -> float:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
 
 
 def facts(device: torch.device) -> dict[str, Any]:
@@ -218,7 +280,8 @@ def facts(device: torch.device) -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "cudnn": torch.backends.cudnn.version(),
             "cuda_of_driver": torch._C._cuda_getDriverVersion(),
-            "nvidia_smi": nvidia_smi(),
+            "free_bytes": free_bytes(device),
+            "nvidia_smi": nvidia_smi(device),
         }
     return result
 
@@ -230,6 +293,9 @@ def line_of(result: Result) -> str:
     name = f"{result['group']:<10} {result['case']:<42} {result['dtype']:<9} {result['kind']:<9}"
     if "error" in result:
         return f"{name}  {result['error']}"
+    if "auto_to_fastest" in result:
+        times = ", ".join(f"{side} {times['median']:.3f}" for side, times in result["sides"].items())
+        return f"{name}  {times} ms; {'; '.join(result['chosen']) or 'nothing was measured'}"
     theirs, ours = (1e3 * result["sides"][s]["median"] / result["steps"] for s in ("torch", "ours"))
     doubt = (
         ""
@@ -243,6 +309,9 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = harness.parser_of(__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a trial: tiny shapes, few repeats")
+    parser.add_argument(
+        "--audit", action="store_true", help="what `auto` takes, beside each kernel and torch's layer"
+    )
     parser.add_argument("--budget", type=float, default=300.0, help="seconds for everything (300)")
     parser.add_argument(
         "--only", nargs="+", metavar="GROUP", choices=sorted({c.group for c in gpu_shapes.CASES})
@@ -267,12 +336,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     settings = {"budget": options.budget, "tiny": options.tiny}
     record: Result = {"suite": records.SUITE, "format": records.FORMAT, "facts": facts(device), "settings": settings,
-                      "left_out": [], "results": []}  # fmt: skip
+                      "left_out": [], "too_large": [], "results": []}  # fmt: skip
     if device.type == "cuda" and not str(record["facts"]["lstm_ext_cuda"] or ""):
         print("warning: the extension has no CUDA kernels; these are figures of torch's own operator")
     for name, value in record["facts"].items():
         print(f"{name}: {value}", flush=True)
     cases = gpu_shapes.TINY if options.tiny else gpu_shapes.CASES
+    if options.audit:
+        cases = gpu_shapes.TINY_AUDIT if options.tiny else gpu_shapes.AUDIT
     cases = [c for c in cases if not options.only or c.group in options.only]
     cases = [c for c in cases if not options.dtypes or c.dtype in options.dtypes]
     for i, case in enumerate(cases):
@@ -280,8 +351,16 @@ def main(arguments: list[str] | None = None) -> int:
             record["left_out"] = [f"{c.group} {c.name} {c.dtype}" for c in cases[i:]]
             print(f"the budget is spent; left out: {len(cases) - i} of {len(cases)} cases")
             break
+        name = f"{case.group} {case.name} {case.dtype}"
+        if case.bytes_needed > free_bytes(device):
+            record["too_large"].append(name)
+            continue
         try:
-            found = measure(case, device, TINY_SECONDS if options.tiny else SECONDS)
+            run = audit if options.audit else measure
+            found = run(case, device, TINY_SECONDS if options.tiny else SECONDS)
+        except torch.OutOfMemoryError:
+            record["too_large"].append(name)
+            found = []
         except Exception as error:  # one case, of which the file then says why it is missing
             said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:500]
             found = [case.head("inference") | {"sides": {}, "error": said}]
@@ -291,6 +370,8 @@ def main(arguments: list[str] | None = None) -> int:
         for result in found:
             print(line_of(result), flush=True)
         harness.write(options.output, record)
+    if record["too_large"]:
+        print(f"too large for the memory that is free: {', '.join(record['too_large'])}")
     record["seconds"] = round(time.monotonic() - start, 1)
     harness.write(options.output, record)
     print(f"written to {options.output}")

@@ -8,28 +8,30 @@
 Needs no network and no virtual environment; takes the torch that this Python has. Phases, each in processes of its own,
 so that a crash or a hang of one leaves the others. First whether the kernels are right,
 
-    build       the extension, in place; one that is there and fits is kept. Its time does not count
+    build       the extension, in place; one that is there and fits is kept. Its time does not count. Without nvcc the
+                program ends here
     info        the card and the versions; the kernels are loaded and run on this card
     diagnosis   tests/cuda/cuda_diagnosis.py, each kernel and dtype in a process of its own: what is wrong, and where
     selftest    python -m lstm_ext.selftest
     checks      tests/cuda/cuda_checks.py: streams, graphs, determinism, races, memory
-    suite       the tests marked for CUDA, in several processes
+    suite       the cases of tests/matrix on the card, each dtype in a process of its own
 
 then how fast they are:
 
-    benchmark   bench_gpu.py against cuDNN, with the time that is left
+    benchmark   bench_gpu.py against cuDNN, at least 60 cases by estimate
+    audit       bench_gpu.py --audit: what `auto` chose with an empty cache, beside each kernel and torch's layer
     sanitizer   compute-sanitizer on every kernel, where it is installed
 
 One JSON file holds the outcome of each; it is rewritten after every phase, and the second command adds to that of the
 first. Beside it an archive has it and the output of everything: that is the file to send. The exit code is 1 if a phase
-failed that says whether the layer is right. ``--dry`` tries out this program on the CPU: tiny shapes, nothing built,
-the kernels on the emulator with one planted mistake after the other, and what needs a GPU is listed as not run.
+failed that says whether the layer is right; what there was no time for is "incomplete" or "not run". ``--dry`` tries
+out this program on the CPU: tiny shapes, nothing built, the kernels on the emulator with one planted mistake after the
+other, and what needs a GPU is listed as not run.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -45,6 +47,7 @@ from typing import Any
 
 from gpu_session import ROOT, Outcome, Session, judged, version_of
 
+LATE = "the time was up before it began"
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck")
 # Else some of torch's own products refuse to run under use_deterministic_algorithms. Not for the benchmark.
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -72,7 +75,13 @@ else:
         loader.extension()
     except ImportError as error:
         problem = str(error)
-print(json.dumps({"problem": problem, "record": record}))
+no_toolkit = None
+if problem is not None and wants_cuda:
+    try:
+        config.find_cuda(torch.version.cuda)
+    except config.BuildError as error:
+        no_toolkit = str(error)
+print(json.dumps({"problem": problem, "record": record, "no_toolkit": no_toolkit}))
 """
 
 
@@ -87,9 +96,14 @@ def build(session: Session, seconds: float) -> Outcome:
         return Outcome("passed", "the extension that is there fits", found)
     if session.dry:
         return Outcome("not run", f"dry; the extension that is there: {found['problem']}", found)
+    if found.get("no_toolkit"):
+        return Outcome("failed", found["no_toolkit"], {**found, "stop": True})
     jobs = str(len(os.sched_getaffinity(0)))
     run = session.python("build", ["setup.py", "build_ext", "--inplace"], seconds - 60, MAX_JOBS=jobs)
     outcome = judged(run, before=found, ninja=shutil.which("ninja") or version_of("ninja"))
+    if run.code is None:
+        outcome.reason += "; what was compiled is kept: call it again"
+        outcome.details["stop"] = True
     if outcome.result == "passed":
         found = existing_extension(session)
         outcome.details["after"] = found
@@ -131,11 +145,12 @@ def info(session: Session, seconds: float) -> Outcome:
     left = deadline - time.monotonic()
     kernels = session.python("kernels", arguments, left, LSTM_EXT_CUDA_KERNEL="stepwise")
     session.gpu_works = kernels.code == 0
+    outcome = judged(about if session.gpu_works else kernels, **details)
     if not session.gpu_works:
-        return Outcome(
-            "failed", f"the kernels do not run here: {kernels}", {**details, "output": kernels.tail}
-        )
-    return judged(about, **details)
+        outcome.reason = f"the kernels do not run here: {outcome.reason}"
+    elif session.exclusive:
+        outcome.reason = outcome.reason or "the card is in exclusive mode: one process at a time"
+    return outcome
 
 
 # ---- diagnosis
@@ -159,7 +174,7 @@ def diagnosis(session: Session, seconds: float) -> Outcome:
 
     def run(name: str, options: Sequence[str]) -> dict[str, Any]:
         if time.monotonic() > deadline:
-            return {"variant": name, "end": "the time was up before it began", "report": None}
+            return {"variant": name, "end": LATE, "report": None}
         child = session.start(f"diagnosis_{name.replace(' ', '_').replace(',', '')}", [*arguments, *options])
         # A hang leaves time for the others. The first one may compile the emulated kernels.
         compiles = session.dry and name == runs[0][0]
@@ -172,7 +187,7 @@ def diagnosis(session: Session, seconds: float) -> Outcome:
         )
 
     found = [run(*runs[0])]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(session.at_once(2)) as pool:
         found += pool.map(lambda one: run(*one), runs[1:])
     right = [one for one in found if one["end"] == "exit code 0"]
     details = {"variants": found}
@@ -181,11 +196,12 @@ def diagnosis(session: Session, seconds: float) -> Outcome:
         if found[0] not in right or silent:
             return Outcome("failed", f"not right: {found[0]['end']}; not reported: {silent}", details)
         return Outcome("passed", f"{len(found) - 1} planted mistakes reported", details)
-    wrong = [one["variant"] for one in found if one not in right]
-    reason = f"{len(right)} of {len(found)} variants are right" + (
-        f"; wrong: {', '.join(wrong)}" if wrong else ""
-    )
-    return Outcome("failed" if wrong else "passed", reason, details)
+    late = [one["variant"] for one in found if one["end"].startswith("the time was up")]
+    wrong = [one["variant"] for one in found if one not in right and one["variant"] not in late]
+    reason = f"{len(right)} of {len(found)} variants are right"
+    for said, names in (("wrong", wrong), ("not finished", late)):
+        reason += f"; {said}: {', '.join(names)}" if names else ""
+    return Outcome("failed" if wrong else "incomplete" if late else "passed", reason, details)
 
 
 # ---- selftest
@@ -218,7 +234,7 @@ def accept(path: Path) -> str:
     phases = {phase["phase"]: phase for phase in record["phases"]}
     if record.get("dry") or record.get("verdict") != "passed":
         raise ValueError(f"{path}: expected a result of a GPU that passed, got {record.get('verdict')}")
-    for name in ("diagnosis", "selftest", "suite", "checks"):
+    for name in NEEDED:
         if name not in phases:
             raise ValueError(f"{path}: the phase {name} is missing: `make gpu-check` has it")
         if phases[name]["result"] != "passed":
@@ -239,62 +255,44 @@ def accept(path: Path) -> str:
 # ---- suite
 
 
-def device_tests(tests: Path) -> tuple[list[Path], dict[str, str]]:
-    """The files with tests for CUDA that can be imported here, and why others cannot."""
-    files, left_out = [], {}
-    for path in sorted(tests.rglob("test_*.py")):
-        text = path.read_text()
-        if path.parent.name == "tools" or "mark.devices" not in text:
-            continue
-        missing = [name for name in ("expecttest", "numpy") if importlib.util.find_spec(name) is None]
-        if "torch.testing._internal" in text and missing:
-            left_out[path.name] = f"{', '.join(missing)} is not installed"
-        else:
-            files.append(path)
-    return files, left_out
-
-
 def suite(session: Session, seconds: float) -> Outcome:
-    """Each file in a process of its own, the longest first: an illegal access leaves nothing behind that works."""
+    """One route of the matrix, each dtype in a process of its own: an illegal access leaves nothing that works."""
     if session.record["packages"]["pytest"] is None:
         return Outcome("failed", "pytest is not installed")
-    files, left_out = device_tests(session.root / "tests")
-    groups = [[str(path)] for path in sorted(files, key=lambda path: -path.stat().st_size)]
-    for group in groups:
-        if group[0].endswith("test_cuda_checks.py"):
-            group += ["-k", "not test_checks"]  # they have a phase of their own
+    groups = {name: f"numbers_on_a_gpu and {name}" for name in ("bfloat16", "float32", "float64")}
+    groups["float16"] = "numbers_on_a_gpu and float16 and not bfloat16"
     if session.dry:
-        groups = [[str(session.root / "tests" / "nn" / "test_cell.py"), "-k", "forms_of_hx or results_share"]]
+        groups = {"dry": "way_to_a_device"}
     deadline = time.monotonic() + seconds
     options = ["-q", "-rfE", "--device", session.device, "--tb=short", "-p", "no:cacheprovider"]
     options += ["--rootdir", str(session.root), "-c", str(session.root / "pyproject.toml")]
     options += ["-o", "faulthandler_timeout=60"]  # so that it shows where one hangs
+    options += [str(session.root / "tests" / "matrix" / "test_matrix.py"), "-k"]
 
-    def run(group: list[str]) -> dict[str, Any]:
-        name = Path(group[0])
+    def run(name: str) -> dict[str, Any]:
         if time.monotonic() > deadline:
-            return {"tests": name.name, "end": "the time was up before it began"}
-        arguments = [sys.executable, "-m", "pytest", *options, *group]
-        finished = session.start(f"suite_{name.stem}", arguments, **DETERMINISTIC).wait(deadline)
+            return {"tests": name, "end": LATE}
+        arguments = [sys.executable, "-m", "pytest", *options, groups[name]]
+        finished = session.start(f"suite_{name}", arguments, **DETERMINISTIC).wait(deadline)
         counts = {
             kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", finished.tail)
         }
         failed = re.findall(r"^(?:FAILED|ERROR) (.*)", finished.text, re.MULTILINE)
-        result = {"tests": name.name, "end": str(finished), "counts": counts, "failed": failed}
+        result = {"tests": name, "end": str(finished), "counts": counts, "failed": failed}
         return result if finished.code == 0 else result | {"output": finished.tail}
 
-    with ThreadPoolExecutor(max(1, min(6, len(os.sched_getaffinity(0)) // 2))) as pool:
+    with ThreadPoolExecutor(session.at_once(4)) as pool:
         ends = list(pool.map(run, groups))
     count: Counter[str] = Counter()
     for end in ends:
         count.update(end.get("counts", {}))
     late = [end for end in ends if end["end"].startswith("the time was up")]
     failed = [name for end in ends for name in end.get("failed", ())]
-    good = all(end["end"] == "exit code 0" or end in late for end in ends) and count["passed"] and not failed
+    good = all(end["end"] == "exit code 0" or end in late for end in ends) and not failed
     return Outcome(
         "failed" if not good else "incomplete" if late else "passed",
         ", ".join(f"{number} {kind}" for kind, number in count.items()),
-        {"left_out": left_out, "failed": failed, "files": ends},
+        {"failed": failed, "groups": ends},
     )
 
 
@@ -309,7 +307,8 @@ def checks(session: Session, seconds: float) -> Outcome:
     listing = session.python("checks_list", [program, "--list"], 60)
     to_do: list[str] = listing.last_json() or []
     if listing.code != 0 or not to_do:
-        return Outcome("failed", f"the checks cannot be listed: {listing}", {"output": listing.tail})
+        verdict = "incomplete" if listing.code is None else "failed"
+        return Outcome(verdict, f"the checks cannot be listed: {listing}", {"output": listing.tail})
     results: dict[str, dict[str, Any]] = {}
     deadline = time.monotonic() + seconds
     quick = ["--quick"] if session.dry else []
@@ -332,16 +331,20 @@ def checks(session: Session, seconds: float) -> Outcome:
                 results[said["check"]] = said
                 started = None
         if started is not None:
-            results[started] = {"check": started, "result": "failed", "reason": str(run), "output": run.tail}
+            # A wait within a kernel has a bound: who says nothing is slow.
+            verdict = "incomplete" if run.code is None else "failed"
+            results[started] = {"check": started, "result": verdict, "reason": str(run), "output": run.tail}
         elif not any(name in results for name in to_do):
+            if run.code is None:
+                break
             return Outcome("failed", f"no check was started: {run}", {"output": run.tail})
         to_do = [name for name in to_do if name not in results]
     for name in to_do:
-        results[name] = {"check": name, "result": "incomplete", "reason": "the time was up before it began"}
+        results[name] = {"check": name, "result": "incomplete", "reason": LATE}
     kinds = ("passed", "failed", "not run", "incomplete")
     count = {kind: sum(r["result"] == kind for r in results.values()) for kind in kinds}
     reason = ", ".join(f"{number} {kind}" for kind, number in count.items() if number)
-    verdict = "failed" if count["failed"] else "incomplete" if to_do else "passed"
+    verdict = next((kind for kind in ("failed", "incomplete") if count[kind]), "passed")
     return Outcome(verdict, reason, {"checks": list(results.values())})
 
 
@@ -362,44 +365,87 @@ def sanitizer(session: Session, seconds: float) -> Outcome:
     rest = ["--error-exitcode", "99", "--target-processes", "all", sys.executable, *script]
     # So that each tensor has memory of its own, with ends to run past.
     apart = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    children = {
-        tool: session.start(f"sanitizer_{tool}", [program, "--tool", tool, *rest], **apart)
-        for tool in SANITIZER_TOOLS
-    }
-    runs = {tool: child.wait(deadline) for tool, child in children.items()}
-    details = {
-        tool: {"end": str(run), "output": run.tail if run.code != 0 else run.tail[-300:]}
-        for tool, run in runs.items()
-    }
-    reason = ", ".join(f"{tool}: {run}" for tool, run in runs.items())
-    if any(run.code not in (0, None) for run in runs.values()):
-        return Outcome("failed", reason, details)
-    return Outcome("passed" if all(run.code == 0 for run in runs.values()) else "incomplete", reason, details)
+
+    def watch(tool: str) -> dict[str, str]:
+        if time.monotonic() > deadline:
+            return {"tool": tool, "result": "not run", "end": LATE}
+        run = session.start(f"sanitizer_{tool}", [program, "--tool", tool, *rest], **apart).wait(deadline)
+        lines = run.text.splitlines()
+        # Some that cannot watch a process end with 0 and report no errors, and it has never run.
+        if run.code is None:
+            result = "incomplete"
+        elif '"began"' not in lines:
+            result = "not run"
+        else:
+            result = "passed" if run.code == 0 and '"done"' in lines else "failed"
+        said = {"tool": tool, "result": result, "end": str(run)}
+        return said | {"output": run.tail[-300:] if result == "passed" else run.tail}
+
+    with ThreadPoolExecutor(session.at_once(len(SANITIZER_TOOLS))) as pool:
+        runs = list(pool.map(watch, SANITIZER_TOOLS))
+    reason = ", ".join(f"{run['tool']}: {run['result']} ({run['end']})" for run in runs)
+    found = {run["result"] for run in runs}
+    result = "failed" if "failed" in found else found.pop() if len(found) == 1 else "incomplete"
+    return Outcome(result, reason, {"tools": runs})
 
 
 # ---- benchmark
 
 
-def benchmark(session: Session, seconds: float) -> Outcome:
-    path = session.logs / "benchmark.json"
+def measured(session: Session, name: str, seconds: float, *more: str, **environment: str) -> Outcome:
+    """What bench_gpu.py found, in the details; its file is the record's entry of this name."""
+    path = session.logs / f"{name}.json"
     path.unlink(missing_ok=True)
     budget = max(1.0, seconds - 20)  # the case that runs when it is spent is finished
     options = ["--device", session.device, "--budget", f"{budget:.0f}", *(["--tiny"] if session.dry else [])]
     bench = session.root / "benchmarks" / "bench_gpu.py"
-    run = session.python("benchmark", [bench, *options, "--output", path], seconds)
+    run = session.python(name, [bench, *options, *more, "--output", path], seconds, **environment)
     if not path.exists():
-        return Outcome("failed", str(run), {"output": run.tail})
-    measured = session.record["benchmark"] = json.loads(path.read_text())
-    results, left_out = measured["results"], measured["left_out"]
-    names = {id(r): f"{r['group']} {r['case']} {r['dtype']}" for r in results}
-    errors = [f"{names[id(r)]}: {r['error']}" for r in results if "error" in r]
-    apart = [f"{names[id(r)]}: {r['differences']['ours']:.1e}" for r in results if not r.get("agree", True)]
-    details = {"results": len(results), "left_out": len(left_out), "errors": errors, "disagree": apart}
+        return Outcome("incomplete" if run.code is None else "failed", str(run), {"output": run.tail})
+    found = session.record[name] = json.loads(path.read_text())
+    results, left_out = found["results"], found["left_out"]
+    errors = [f"{named(r)}: {r['error']}" for r in results if "error" in r]
+    details = {"results": len(results), "left_out": len(left_out), "errors": errors}
+    details |= {"too_large": found["too_large"]}
     if run.code is None or left_out:
         return Outcome("incomplete", f"{len(results)} results; the time was up", details)
     if run.code != 0:
         return Outcome("failed", str(run), {**details, "output": run.tail})
     return Outcome("passed", f"{len(results)} results", details)
+
+
+def named(result: dict[str, Any]) -> str:
+    return f"{result['group']} {result['case']} {result['dtype']} {result['kind']}"
+
+
+def benchmark(session: Session, seconds: float) -> Outcome:
+    outcome = measured(session, "benchmark", seconds)
+    results = (session.record["benchmark"] or {"results": []})["results"]
+    apart = [f"{named(r)}: {r['differences']['ours']:.1e}" for r in results if not r.get("agree", True)]
+    outcome.details["disagree"] = apart
+    return outcome
+
+
+WORTH = 1.1  # so many times the fastest way is what `auto` may take: it has measured, and prefers torch's within 5 %
+
+
+def audit(session: Session, seconds: float) -> Outcome:
+    """With an empty cache, as a user's first process has it."""
+    cache = session.logs / "audit_cache"
+    shutil.rmtree(cache, ignore_errors=True)
+    outcome = measured(session, "audit", seconds, "--audit", XDG_CACHE_HOME=str(cache))
+    shutil.rmtree(cache, ignore_errors=True)
+    results = (session.record["audit"] or {"results": []})["results"]
+    slow = [
+        f"{named(r)}: {r['auto_to_fastest']:.2f} times {r['fastest']}"
+        for r in results
+        if r.get("auto_to_fastest", 0) > WORTH
+    ]
+    outcome.details["failed"] = slow
+    if slow and not session.dry:
+        outcome.result = "failed"
+        outcome.reason += f"; `auto` took a slower way in {len(slow)}"
+    return outcome
 
 
 PHASES: dict[str, Callable[[Session, float], Outcome]] = {
@@ -410,15 +456,17 @@ PHASES: dict[str, Callable[[Session, float], Outcome]] = {
     "checks": checks,
     "suite": suite,
     "benchmark": benchmark,
+    "audit": audit,
     "sanitizer": sanitizer,
 }
 BUDGET = 300  # seconds of a command, without the build
 # With the seconds that a phase may take at most.
 COMMANDS: dict[str, dict[str, int]] = {
     "values": {"build": 270, "info": 30, "diagnosis": 60, "selftest": 30, "checks": 100, "suite": 80},
-    "speed": {"build": 270, "info": 30, "benchmark": 200, "sanitizer": 70},
+    "speed": {"build": 270, "info": 30, "benchmark": 150, "audit": 50, "sanitizer": 70},
 }
-CORRECTNESS = [name for name in PHASES if name != "benchmark"]
+CORRECTNESS = [name for name in PHASES if name not in ("benchmark", "audit")]
+NEEDED = ("diagnosis", "selftest", "checks", "suite")  # to have shown that a card's kernels are right
 
 
 def perform(name: str, session: Session) -> dict[str, Any]:
@@ -428,9 +476,7 @@ def perform(name: str, session: Session) -> dict[str, Any]:
     if session.dry and name == "diagnosis":
         seconds = session.left()  # the emulated kernels may have to be compiled
     if seconds < 1:
-        outcome = Outcome(
-            "failed" if name in CORRECTNESS else "incomplete", "the time was up before it began"
-        )
+        outcome = Outcome("not run", LATE)
     elif not session.gpu_works and name not in ("build", "info"):
         outcome = Outcome("not run", "the kernels do not run here")
     else:
@@ -486,17 +532,26 @@ def main(arguments: list[str] | None = None) -> int:
         session.add(phase)
         session.write()
         print(f"{name}: {phase['result']} ({phase['seconds']} s) {phase['reason']}", flush=True)
+        if phase.get("stop"):
+            session.record |= {"verdict": phase["result"], "failed": [name]}
+            session.write()
+            return int(phase["result"] == "failed")
         if phase["result"] == "failed":
             failures = json.dumps(phase.get("failed") or phase.get("variants") or "", indent=1)[:3000]
             print(phase.get("output") or phase.get("traceback") or failures)
-    wrong = [p["phase"] for p in session.record["phases"] if p["result"] == "failed"]
-    failed = [name for name in wrong if name in CORRECTNESS] or ([] if session.gpu_works else ["info"])
-    verdict = "failed" if failed else "passed"
+    phases = session.record["phases"]
+    failed = [p["phase"] for p in phases if p["result"] == "failed" and p["phase"] in CORRECTNESS]
+    late = [p["phase"] for p in phases if p["result"] == "incomplete" or p["reason"] == LATE]
+    late = [name for name in late if name in ("info", *NEEDED)]
+    if not (session.gpu_works or failed or late):
+        failed = ["info"]
+    verdict = "failed" if failed else "incomplete" if late else "passed"
     seconds = round(options.budget - session.left(), 1)
     session.record |= {"verdict": verdict, "failed": failed, "seconds": seconds}
     session.write()
     report(session)
-    print(f"{verdict}{': ' + ', '.join(failed) if failed else ''}; written to {session.output}")
+    names = ", ".join(failed or late)
+    print(f"{verdict}{': ' + names if names else ''}; written to {session.output}")
     print(f"all of it, to send: {session.archive()}")
     return int(bool(failed))
 

@@ -22,10 +22,12 @@ import harness
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ["torch", "triton", "ninja", "setuptools", "pytest", "numpy", "expecttest", "matplotlib"]
 
+PROCESS_BYTES = 3 << 29  # of a process that tests
+
 
 @dataclass
 class Outcome:
-    result: str  # "passed", "failed", "incomplete" (no verdict), "not run"
+    result: str  # "passed", "failed", "incomplete" (no verdict, above all for want of time), "not run"
     reason: str = ""
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -71,6 +73,8 @@ class Session:
         self.logs.mkdir(parents=True, exist_ok=True)
         self.deadline = time.monotonic() + options.budget
         self.gpu_works = options.dry
+        self.exclusive = False  # the card takes one process at a time
+        self.free_bytes = float("inf")
         paths = [os.environ.get("PYTHONPATH"), str(root)]
         self.environment = {
             **os.environ,
@@ -84,7 +88,7 @@ class Session:
         if options.commit:
             self.environment["LSTM_EXT_COMMIT"] = options.commit
         self.record: dict[str, Any] = {
-            "format": 2,
+            "format": 3,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
             "dry": options.dry,
             "git_commit": options.commit,
@@ -93,6 +97,7 @@ class Session:
             "verdict": "unfinished",
             "phases": [],
             "benchmark": None,
+            "audit": None,
         }
         # Read before this session writes its own.
         self.before: dict[str, Any] = {}
@@ -103,6 +108,9 @@ class Session:
     def know(self, facts: dict[str, Any]) -> None:
         """Of the card and the commit: `speed` adds to what `values` found, if that ran with the same ones."""
         self.record |= {"facts": facts, "git_commit": facts["git_commit"]}
+        mode = (facts.get("nvidia_smi") or {}).get("compute_mode", "")
+        self.exclusive = mode.startswith("Exclusive")
+        self.free_bytes = facts.get("free_bytes", self.free_bytes)
         names = ("card", "capability", "cuda_of_driver", "git_commit", "lstm_ext_cuda")
         try:
             same = [self.before["facts"].get(name) == facts.get(name) for name in names]
@@ -113,6 +121,10 @@ class Session:
             now, self.record["phases"] = self.record["phases"], self.before["phases"]
             for phase in now:
                 self.add(phase)
+
+    def at_once(self, most: int) -> int:
+        """How many processes may use the card at a time. Each has a context, and what it watches or computes."""
+        return 1 if self.exclusive else int(max(1, min(most, self.free_bytes / PROCESS_BYTES)))
 
     def add(self, phase: dict[str, Any]) -> None:
         """In the place of an earlier one of this name."""
@@ -183,4 +195,4 @@ def version_of(package: str) -> str | None:
 def judged(run: Finished, **details: Any) -> Outcome:
     if run.code == 0:
         return Outcome("passed", details=details)
-    return Outcome("failed", str(run), {**details, "output": run.tail})
+    return Outcome("incomplete" if run.code is None else "failed", str(run), {**details, "output": run.tail})

@@ -38,6 +38,15 @@ class Case:
         return torch.float32 if self.dtype == "tf32" else getattr(torch, self.dtype)
 
     @property
+    def bytes_needed(self) -> int:
+        """Of a training step, by estimate: the inputs of both sides, and what one of them saves and returns."""
+        of_row = 8 * self.input_size + 12 * self.hidden_size * self.layers * self.shape.directions
+        weights = (
+            12 * self.hidden_size * (self.input_size + self.hidden_size) * self.layers * self.shape.directions
+        )
+        return self.torch_dtype.itemsize * (self.steps * self.batch * of_row + 4 * weights)
+
+    @property
     def name(self) -> str:
         parts = [f"B{self.batch}", f"T{self.steps}"]
         parts += [f"I{self.input_size}"] if self.input_size != self.hidden_size else []
@@ -80,14 +89,14 @@ OUTSIDE = [
 def _in_order() -> Iterator[Case]:
     step = Case("step", 1, 1, 128, 128, "")
     yield from _each(FLASH)
+    for graph in (False, True):
+        yield from _each(replace(step, graph=graph))
     for case in (FLASH, PER_STEP):
         for kernel in ("auto", "persistent", "step", "stepwise"):
             yield replace(case, kernel=kernel)
     for kernel in ("auto", "persistent"):
         for case in OUTSIDE:
             yield replace(case, kernel=kernel)
-    for graph in (False, True):
-        yield from _each(replace(step, graph=graph))
     # What gpu_plan chooses between, where it matters most.
     for case in (FLASH, step, Case("cpu table", 64, 50, 256, 256, "")):
         for kernel in ("persistent", "step", "stepwise"):
@@ -120,6 +129,17 @@ def _in_order() -> Iterator[Case]:
 
 CASES = list(dict.fromkeys(_in_order()))
 
+# Of what `auto` chooses: the windows of cuDNN's persistent kernels and of ours, and what lies outside of them.
+AUDIT = [
+    replace(case, group="audit")
+    for case in (
+        *_each(FLASH),
+        PER_STEP,
+        *(replace(FLASH, dtype="bfloat16", batch=batch) for batch in (1, 128)),
+        *(replace(FLASH, dtype="bfloat16", **change) for change in CHANGES[:3]),
+    )
+]
+
 # For a trial without a GPU: one of each kind.
 TINY = [
     Case("flashrnn", 2, 4, 8, 8, "bfloat16"),
@@ -131,3 +151,4 @@ TINY = [
     Case("flashrnn", 2, 4, 8, 8, "bfloat16", kernel="persistent"),
     Case("outside cuDNN's window", 2, 4, 8, 8, "float16", bidirectional=True),
 ]
+TINY_AUDIT = [replace(TINY[0], group="audit")]

@@ -125,6 +125,8 @@ def facts_line(record: Result) -> str:
     ]
     if left_out := benchmark["left_out"]:
         says.append(f"{len(left_out)} of the cases left out, for want of time")
+    if too_large := benchmark.get("too_large"):
+        says.append(f"{len(too_large)} of the cases left out, for want of memory")
     phases = ", ".join(f"{p['phase']} {p['result']}" for p in record.get("phases", ()))
     return "; ".join(filter(None, says)) + "." + (f" Phases: {phases}." if phases else "")
 

@@ -143,7 +143,7 @@ def race_loop(run: Run) -> dict[str, Any]:
     )
     if run.quick:
         cases = cases[:1]
-    return repeated(run, 200, cases, (torch.float32, torch.bfloat16))
+    return repeated(run, 100, cases, (torch.float32, torch.bfloat16))
 
 
 @check
