@@ -193,7 +193,8 @@ def why_not(index: int | None) -> str | None:
 def choose(device: torch.device) -> bool:
     """Whether kernels may run on a CUDA device. Lets `auto` use those that were correct there.
 
-    While a graph is captured it tries nothing: then a later call does it. What could not be tried, a later call tries.
+    While a graph is captured, and within a backward pass, it tries nothing: then a later call does it. What could not
+    be tried, for example for want of memory, the next process tries.
 
     Raises:
         ValueError: an environment variable has an invalid value.
@@ -205,22 +206,25 @@ def choose(device: torch.device) -> bool:
     wanted = config.checks_cuda_kernels()
     if is_requested():
         return True
-    if torch.cuda.is_current_stream_capturing():
+    if not may_try():
         return _is_known_right(device)
     with _one_at_a_time:
         if index not in _chosen:
-            right = in_a_thread(device, lambda: _choose(device, wanted))
-            if right is not None:
-                _chosen[index] = right
-        return _chosen.get(index, False)
+            _chosen[index] = in_a_thread(device, lambda: _choose(device, wanted))
+        return _chosen[index]
 
 
-def _choose(device: torch.device, wanted: bool) -> bool | None:
-    """None if ``stepwise`` could not be tried."""
+def may_try() -> bool:
+    """Whether this thread may run kernels of its own: it captures no graph, and autograd, whose thread for the device a
+    check needs too, does not wait for it."""
+    return not torch.cuda.is_current_stream_capturing() and torch._C._current_graph_task_id() == -1
+
+
+def _choose(device: torch.device, wanted: bool) -> bool:
     stepwise = _right(device, "stepwise", _ALL_DTYPES, wanted)
     if not stepwise:
         if wanted:
-            return stepwise
+            return False
         loader.warn(
             f"lstm_ext: no kernel has been checked on {device}, and LSTM_EXT_CUDA_CHECK=0: torch's own operator "
             "computes there. `python -m lstm_ext.selftest --device cuda` checks them."

@@ -176,13 +176,21 @@ def test_the_first_call_may_be_in_any_mode(gpu: StandIn, mode: Any) -> None:
     assert recorded()["passed"] == ["stepwise", "step", "step-tf32"]
 
 
-def test_without_a_verdict_the_next_call_tries(gpu: StandIn) -> None:
+def test_without_a_verdict_the_next_process_tries(gpu: StandIn) -> None:
+    """No memory, say: a check and a warning at each call would be worse."""
     selftest_record.path().unlink()
-    gpu.fault_of_stepwise = lambda output: 1 / 0
-    with pytest.warns(RuntimeWarning, match="'stepwise' is not used on cpu: it could not be tried"):
-        assert not cuda_kernels.choose(CPU)
+    tried: list[int] = []
+
+    def fail(output: Tensor) -> Tensor:
+        tried.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    gpu.fault_of_stepwise = fail
+    with pytest.warns(RuntimeWarning, match="'stepwise' is not used on cpu: it could not be tried") as caught:
+        assert not cuda_kernels.choose(CPU) and not cuda_kernels.choose(CPU)
+    assert len(tried) == len(caught) == 1 and selftest_record.find(CPU) is None
     gpu.fault_of_stepwise = lambda output: output
-    assert cuda_kernels.choose(CPU)
+    assert choose_again()
 
 
 def test_float64_needs_the_room_of_rounding() -> None:
@@ -303,11 +311,19 @@ def test_somebody_has_decided(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> 
     assert gpu.calls == 0 and gpu.validated == []
 
 
-def test_not_while_a_graph_is_captured(gpu: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    cuda_kernels.choose(CPU)
-    assert gpu.calls == 0
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+@pytest.mark.parametrize("where", ["capture", "backward"])
+def test_not_while_a_check_would_disturb(gpu: StandIn, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """A graph that is captured would have it, and a backward pass, which it needs too, would wait for itself."""
+    if where == "capture":
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        cuda_kernels.choose(CPU)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    else:
+        x = torch.ones(1, requires_grad=True)
+        y = x * 2
+        y.register_hook(lambda grad: (cuda_kernels.choose(CPU), grad)[1])
+        y.backward()
+    assert gpu.calls == 0 and gpu.validated == []
     cuda_kernels.choose(CPU)
     assert gpu.calls > 0 and gpu.validated == RIGHT
 
