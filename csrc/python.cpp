@@ -244,7 +244,7 @@ py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t
   }
   const Number number = number_named(dtype, "cuda_plan");
   const std::optional<Request> named = request_named(kernel);
-  TORCH_CHECK(named, "cuda_plan: kernel: expected auto, stepwise, step or persistent, got ", kernel);
+  TORCH_CHECK(named, "cuda_plan: kernel: expected auto, torch, stepwise, step or persistent, got ", kernel);
   Request request = *named;
   const auto said = [](const std::optional<bool>& outcome) {
     return !outcome ? Outcome::kNotTried : *outcome ? Outcome::kRight : Outcome::kWrong;

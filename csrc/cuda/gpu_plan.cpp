@@ -304,7 +304,7 @@ int64_t most_blocks(const DeviceFacts* device) {
 
 std::optional<Request> request_named(std::string_view name) {
   Request request;
-  if (name == "auto") return request;
+  if (name == "auto" || name == "torch") return request;
   request.any = false;
   for (int i = 0; i < 3; ++i) {
     request.kernel = static_cast<Kernel>(i);

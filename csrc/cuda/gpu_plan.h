@@ -165,7 +165,8 @@ void note_refused(const DeviceFacts* device, std::optional<int64_t> blocks);
 // The most blocks that are asked for, by both.
 LSTM_EXT_PUBLIC int64_t most_blocks(const DeviceFacts* device);
 
-// "auto", "stepwise", "step" or "persistent". Nothing for another word.
+// "auto", "stepwise", "step" or "persistent"; "torch", which is about plain layers, is the same as "auto". Nothing for
+// another word.
 LSTM_EXT_PUBLIC std::optional<Request> request_named(std::string_view name);
 LSTM_EXT_PUBLIC const char* name_of(Kernel kernel);
 

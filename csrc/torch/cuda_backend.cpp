@@ -73,7 +73,7 @@ StepwiseDevice current_device(const LayerCall& call, const LayerSizes& sizes, bo
   bool known = true;
   cuda::Request request = cuda::current_request(&known);
   TORCH_CHECK(known, "lstm_ext: LSTM_EXT_CUDA_KERNEL is '", std::getenv("LSTM_EXT_CUDA_KERNEL"),
-              "': set it to auto, stepwise, step, persistent, independent or mailbox, or unset it");
+              "': set it to auto, torch, stepwise, step or persistent, or unset it");
   // Follows the setting of cuDNN's RNNs, because this layer replaces one.
   const bool tf32 = cuda::has_request_of_thread() || at::globalContext().allowTF32CuDNN(at::Float32Op::RNN);
   const int index = at::cuda::current_device();

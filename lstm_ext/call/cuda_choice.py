@@ -1,14 +1,16 @@
 """Which way plain layers and cells of CUDA tensors take: torch's own operator, or the kernels, where they are faster.
 
 The first eager call of a class of shapes measures both on the user's own card, on scratch tensors of few steps. The
-choice holds for the life of the process and is recorded for this device, driver and build, so that later processes do
-not measure. Where nothing can be measured (deterministic mode, a graph that is captured or compiled, distributed
-training, within a backward pass), the record decides, and without one torch's operator computes.
+choice is recorded for this device, driver and build, so that later processes do not measure. Where nothing can be
+measured (a graph that is captured or compiled, distributed training, within a backward pass), the record decides, and
+without one torch's operator computes. What a process did in its first eager call of a class, it does in all of them,
+unless `tune` is called. Deterministic mode and LSTM_EXT_CUDA_KERNEL=torch ignore what was measured.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import threading
 import time
@@ -27,19 +29,19 @@ from ..native import config, loader, selftest_record
 from ..native.integrations import constant_for_dynamo
 from .arguments import Stack
 from .torch_operator import PlainStack
+from .torch_operator import lstm as lstm_by_torch
 
-STEPS = 32  # steps of the scratch tensors, at most
-CLASS_LIMIT = 0.05  # seconds of measuring for one class of shapes, all candidates together
+# The steps of the scratch tensors, if a call has more. On an idle card few steps mostly time the host's launches, so
+# that a longer call is extrapolated by what each further step takes.
+STEPS = (16, 64)
+WARM_UP = 0.02  # seconds before the first run that counts: clocks rise for a while
+CLASS_LIMIT = 0.05  # seconds that count, for one class of shapes, all candidates together
 PROCESS_LIMIT = 2.0  # seconds of measuring in one process; after that, torch's operator computes new classes
 GAIN = 1.05  # how many times as fast the kernels must be
+NOT_MEASURED = "the first eager call measures it and the kernels, and then the faster one computes"
 _TORCH = "torch"
 _KERNELS = ("stepwise", *config.TRIED_CUDA_KERNELS)
-_FORM = {
-    "ours": bool,
-    "forward": {*_KERNELS},
-    "backward": {*_KERNELS},
-    "us": {str: float | int},
-}  # in records
+_FORM = {"ours": bool, "kernel": {*_KERNELS}, "us": {str: float | int}}  # in records
 
 
 class ShapeClass(NamedTuple):
@@ -85,14 +87,14 @@ class ShapeClass(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """The measurement: microseconds of a call by each candidate, and the fastest kernels of ours for each pass.
+    """The measurement: microseconds of a call of the class by each candidate, and the fastest of our kernels.
 
-    The calls are those of the scratch tensors. A candidate that failed is not in ``us``.
+    In training a call is both passes, and one kernel computes both: no other pair was measured. A candidate that failed
+    is not in ``us``.
     """
 
     ours: bool
-    forward: str
-    backward: str
+    kernel: str
     us: dict[str, float]
 
     def __str__(self) -> str:
@@ -100,11 +102,17 @@ class Choice:
         return f"measured on this device: {times}"
 
 
-# Microseconds of both passes, by candidate; the second is 0 in inference.
-Times = dict[str, tuple[float, float]]
+Times = dict[str, float]  # microseconds of a call, in training of both passes, by candidate
 _Measure = Callable[[], Times]
 # None: torch's operator, and nothing was measured.
 _fixed: dict[tuple[int | None, ShapeClass], Choice | None] = {}
+# Whether torch's operator computes an eager call, by what the call has. Several entries have the same class.
+_ways: dict[tuple[Any, ...], bool] = {}
+WAYS_LIMIT = 10_000  # entries; then each is decided anew, from what its class has
+_is_compiling = torch.compiler.is_compiling
+_is_deterministic = torch._C._get_deterministic_algorithms
+_fp32_precision = torch._C._get_fp32_precision_getter  # type: ignore[attr-defined]
+_FLOAT32 = torch.float32
 # The classes of shapes of the call that `tune` watches, each with its device and how to measure it.
 _Seen = dict[tuple[int | None, ShapeClass], tuple[torch.device, _Measure]]
 _seen: ContextVar[_Seen | None] = ContextVar("_seen", default=None)
@@ -124,10 +132,26 @@ def way(draws_masks: bool, measured: Callable[[], Choice | bool | None]) -> tupl
         return True, "one of our kernels is requested"
     if draws_masks:
         return False, "it draws the masks of the dropout between layers"
+    setting = _setting()
+    if setting is not None:
+        return False, setting
     found = measured()
     if found is None:
-        return False, "the first eager call measures it and the kernels, and then the faster one computes"
+        return False, NOT_MEASURED
     return found if isinstance(found, bool) else found.ours, found
+
+
+@constant_for_dynamo
+def _setting() -> str | None:
+    """Why torch's operator computes whatever was measured, or None. An export has our operator, which C++ can load.
+
+    A change of the mode makes dynamo compile anew.
+    """
+    if torch.compiler.is_exporting():
+        return None
+    if config.requested_cuda_kernel() == "torch":
+        return "LSTM_EXT_CUDA_KERNEL=torch"
+    return "in deterministic mode no measurement decides" if _is_deterministic() else None
 
 
 def prefers_torch(
@@ -139,42 +163,66 @@ def prefers_torch(
 ) -> bool:
     """Whether torch's operator computes a plain stack of CUDA tensors although there are kernels.
 
-    Arguments are those of `run_stack`.
+    Arguments are those of `run_stack`. After the first call of its kind, an eager call is one look-up.
     """
     if stack._frozen:
         return False
+    w, dtype, key = weights[0][1], x.dtype if autocast is None else autocast, None
+    if not (cuda_kernels.deciding_anew or _is_compiling()):
+        key = (
+            x.get_device(),
+            dtype,
+            x.shape if batch_sizes is None else (batch_sizes.size(0), int(batch_sizes[0])),
+            w.shape,
+            len(weights),
+            stack.bidirectional,
+            stack.training,
+            stack.dropout,
+            dtype is _FLOAT32 and _fp32_precision("cuda", "rnn"),
+            _is_deterministic(),
+        )
+        known = _ways.get(key)
+        if known is not None:
+            return known
 
     def batch_and_steps() -> tuple[int, int]:
         if batch_sizes is None:
             return x.size(1), x.size(0)
         return int(batch_sizes[0]), batch_sizes.size(0)
 
-    w = weights[0][1]
     hidden, state = w.size(0) // 4, w.size(1)
-    dtype, proj_size = x.dtype if autocast is None else autocast, state if state != hidden else 0
-    layer = (
-        dtype,
-        hidden,
-        proj_size,
-        len(weights),
-        stack.bidirectional,
-        stack.training,
-        batch_sizes is not None,
-    )
+    proj_size = state if state != hidden else 0
+    mode = (len(weights), stack.bidirectional, stack.training, batch_sizes is not None)
     draws_masks = bool(stack.dropout) and stack.training and len(weights) > 1
-    return _prefers_torch(x, layer, batch_and_steps, draws_masks)
+    return _decided(key, x, (dtype, hidden, proj_size, *mode), batch_and_steps, draws_masks)
 
 
 def cell_prefers_torch(x: Tensor, weights: Sequence[Tensor | None], training: bool) -> bool:
     """The same for an LSTMCell with the input x (B, I)."""
-    layer = (x.dtype, weights[1].size(1), 0, 0, False, training, False)  # type: ignore[union-attr]
-    return _prefers_torch(x, layer, lambda: (x.size(0), 1), False)
+    w: Any = weights[1]
+    dtype, key = x.dtype, None
+    if not (cuda_kernels.deciding_anew or _is_compiling()):
+        tf32 = dtype is _FLOAT32 and _fp32_precision("cuda", "rnn")
+        key = (x.get_device(), dtype, x.shape, w.shape, training, tf32, _is_deterministic())
+        known = _ways.get(key)
+        if known is not None:
+            return known
+    return _decided(key, x, (dtype, w.size(1), 0, 0, False, training, False), lambda: (x.size(0), 1), False)
 
 
-def _prefers_torch(
-    x: Tensor, layer: tuple[Any, ...], batch_and_steps: Callable[[], tuple[int, int]], draws_masks: bool
+def _decided(
+    key: tuple[Any, ...] | None,
+    x: Tensor,
+    layer: tuple[Any, ...],
+    batch_and_steps: Callable[[], tuple[int, int]],
+    draws_masks: bool,
 ) -> bool:
-    """`layer`: the first arguments of `class_of`."""
+    """Whether torch's operator computes; the next call that has the same key finds it.
+
+    Args:
+        key: None for a call that decides nothing for others.
+        layer: the first arguments of `class_of`.
+    """
     # For fake tensors without a GPU there is no choice.
     if x.dtype not in KERNEL_DTYPES or loader.wants_equations() or not _is_here():
         return False
@@ -187,7 +235,7 @@ def _prefers_torch(
         shape = class_of(*layer, batch=batch, steps=steps)
 
         def measure() -> Times:
-            return times_of(shape, device, features, batch, min(steps, STEPS))
+            return times_of(shape, device, features, batch, steps)
 
         seen = _seen.get()
         if seen is not None:
@@ -195,7 +243,18 @@ def _prefers_torch(
             return None
         return choice_of(shape, device, measure)
 
-    return route.has_operators(x.device) and not way(draws_masks, measured)[0]
+    if not route.has_operators(x.device):
+        if key is not None and cuda_kernels.problem(x.device.index) is None:
+            # The kernels have not been tried yet, so torch's operator computes this call, and the later ones too.
+            batch, steps = batch_and_steps()
+            _fixed.setdefault((x.device.index, class_of(*layer, batch=batch, steps=steps)), None)
+        return False
+    preferred = not way(draws_masks, measured)[0]
+    if key is not None and not cuda_kernels.deciding_anew:  # that may have begun meanwhile
+        if len(_ways) >= WAYS_LIMIT:
+            _ways.clear()
+        _ways[key] = preferred
+    return preferred
 
 
 def class_of(dtype: torch.dtype, *layer: Any, batch: int, steps: int) -> ShapeClass:
@@ -213,9 +272,9 @@ def choice_of(
     if place in _fixed and not on_request:
         return _fixed[place]
     choice = None if on_request else recorded(device).get(shape.key)
+    if choice is None and not on_request and not _may_measure():
+        return _fixed.setdefault(place, None)
     if choice is None:
-        if not on_request and not _may_measure():
-            return None
         with _one_at_a_time:
             if place in _fixed and not on_request:
                 return _fixed[place]
@@ -227,9 +286,17 @@ def choice_of(
                 recorded(device)[shape.key] = choice
                 with contextlib.suppress(OSError, RuntimeError):  # the next process measures again
                     selftest_record.add_measured(device, shape.key, asdict(choice))
-    _fixed[place] = choice
+    return _fix(shape, device, choice, on_request)
+
+
+def _fix(shape: ShapeClass, device: torch.device, choice: Choice | None, anew: bool) -> Choice | None:
+    """The choice for all later calls, unless one has been made and none is wanted ``anew``."""
+    place = (device.index, shape)
+    if anew:
+        _fixed[place] = choice
+    choice = _fixed.setdefault(place, choice)
     if choice is not None and choice.ours:
-        _tell_kernels(shape, device, choice.forward, choice.backward)
+        _tell_kernels(shape, device, choice.kernel, choice.kernel)
     return choice
 
 
@@ -250,14 +317,7 @@ def recorded(device: torch.device) -> dict[str, Choice]:
 
 def _may_measure() -> bool:
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    in_backward = torch._C._current_graph_task_id() != -1
-    return (
-        is_plain_eager()
-        and not distributed
-        and not in_backward
-        and not torch.are_deterministic_algorithms_enabled()
-        and not torch.cuda.is_current_stream_capturing()
-    )
+    return is_plain_eager() and not distributed and cuda_kernels.may_try()
 
 
 @constant_for_dynamo
@@ -288,16 +348,12 @@ def _bucket(size: int) -> int:
 
 
 def _best(times: Times) -> Choice | None:
-    """The kernels if they are GAIN times as fast as torch's operator. None if that could not be measured."""
-    theirs = times.get(_TORCH)
-    ours = {name: both for name, both in times.items() if name != _TORCH}
-    if theirs is None or not ours:
+    """The kernel if it is GAIN times as fast as torch's operator. None if that could not be measured."""
+    kernels = [name for name in times if name != _TORCH]
+    if _TORCH not in times or not kernels:
         return None
-    us = {name: sum(both) for name, both in times.items()}
-    forward = min(ours, key=lambda name: ours[name][0])
-    backward = min(ours, key=lambda name: ours[name][1])
-    fastest = ours[forward][0] + ours[backward][1]
-    return Choice(fastest * GAIN <= sum(theirs), forward, backward, us)
+    kernel = min(kernels, key=lambda name: times[name])
+    return Choice(times[kernel] * GAIN <= times[_TORCH], kernel, times)
 
 
 def _tell_kernels(shape: ShapeClass, device: torch.device, forward: str, backward: str) -> list[str]:
@@ -321,25 +377,52 @@ def _measured(measure: _Measure, device: torch.device) -> Times:
 
 
 def times_of(shape: ShapeClass, device: torch.device, input_size: int, batch: int, steps: int) -> Times:
-    """The times of torch's operator and of the kernels that have been right on this device."""
+    """The times of torch's operator and of the kernels that have been right on this device, for a call of the class."""
+    few, many = STEPS
+    if steps <= many:
+        return _timed(shape, device, input_size, batch, steps, CLASS_LIMIT)
+    short, long = (_timed(shape, device, input_size, batch, n, CLASS_LIMIT / 2) for n in STEPS)
+    per_step = {name: max(long[name] - short[name], 0.0) / (many - few) for name in long if name in short}
+    return {name: long[name] + (shape.steps - many) * slope for name, slope in per_step.items()}
+
+
+def _timed(
+    shape: ShapeClass, device: torch.device, input_size: int, batch: int, steps: int, limit: float
+) -> Times:
+    """Medians of several runs, so that one that is slow by chance decides nothing. A candidate that fails is left out.
+
+    The candidates take turns: what slows the card down for a while slows down all of them.
+    """
     scratch = _Scratch(shape, device, input_size, batch, steps)
-    kernels = _candidates(shape, device, input_size, batch, steps)
-    limit = CLASS_LIMIT / (1 + len(kernels))
-    times = {_TORCH: scratch.time(scratch.by_torch, limit)}
     sizes = shape._replace(steps=_bucket(steps))  # those of the scratch tensors
-    before = _tell_kernels(sizes, device, "", "")
+    names = [_TORCH, *_candidates(shape, device, input_size, batch, steps)]
+    seconds: dict[str, list[float]] = {}
+    before, warm, turns, begin = _tell_kernels(sizes, device, "", ""), False, 0, time.monotonic()
     try:
-        for kernel in kernels:
-            _tell_kernels(sizes, device, kernel, kernel)
-            try:
-                times[kernel] = scratch.time(scratch.ours, limit)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:
+        while turns < 50:
+            for name in names.copy():
+                kernel = "" if name == _TORCH else name
+                _tell_kernels(sizes, device, kernel, kernel)
+                try:
+                    forward = scratch.ours if kernel else scratch.by_torch
+                    found = _seconds(functools.partial(scratch.call, forward), device)
+                    seconds.setdefault(name, []).append(found)
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError:
+                    names.remove(name)
+            elapsed = time.monotonic() - begin
+            if not warm:
+                warm = elapsed >= WARM_UP
+                begin += elapsed * warm
+                seconds.clear()
                 continue
+            turns += 1
+            if (turns >= 3 and elapsed > limit) or elapsed > 2 * limit:
+                break
     finally:
         _tell_kernels(sizes, device, *before)
-    return times
+    return {name: 1e6 * statistics.median(seconds[name]) for name in names}
 
 
 def _candidates(
@@ -387,12 +470,17 @@ class _Scratch:
         self.h0 = torch.zeros(sets, batch, shape.proj_size or shape.hidden_size, device=device, dtype=dtype)
         self.c0 = torch.zeros(sets, batch, shape.hidden_size, device=device, dtype=dtype)
         self.flat = [w for layer in module.all_weights for w in layer]
+        self.grad: Tensor | None = None
         self.stack = PlainStack(True, layers, 0.0, shape.training, shape.bidirectional)
 
     def by_torch(self) -> Tensor:
+        """The way that a call takes, with its step of autograd for second derivatives."""
         if self.is_cell:
-            return torch.lstm_cell(self.input[0], (self.h0[0], self.c0[0]), *self.flat)[0]
-        return self.stack.compute(self.sizes, [self.input, self.h0, self.c0, *self.flat])[0]
+            return route.lstm_cell(self.input[0], self.h0[0], self.c0[0], self.flat, preferred=True)[0]
+        n = len(self.flat) // self.stack.num_layers
+        layers = [self.flat[k : k + n] for k in range(0, len(self.flat), n)]
+        results = lstm_by_torch(self.stack, layers, self.input, self.h0, self.c0, self.sizes, None, True)
+        return results[0]  # type: ignore[index]
 
     def ours(self) -> Tensor:
         if self.is_cell:
@@ -400,29 +488,12 @@ class _Scratch:
         tensors = [self.input, self.h0, self.c0, *self.flat]
         return self.stack.by_layers(route.lstm_layer, self.sizes, tensors, None)[0]
 
-    def time(self, forward: Callable[[], Tensor], limit: float) -> tuple[float, float]:
-        """Microseconds of the forward and of the backward pass."""
-        if not self.training:
-            with torch.no_grad():
-                return _time(forward, limit, self.input.device), 0.0
-        grad = torch.ones_like(forward())
-
-        def both() -> None:
-            torch.autograd.grad(forward(), [self.input, *self.flat], grad)
-
-        first = _time(forward, limit / 2, self.input.device)
-        return first, max(_time(both, limit / 2, self.input.device) - first, 0.0)
-
-
-def _time(run: Callable[[], Any], limit: float, device: torch.device) -> float:
-    """The median of several runs, in microseconds: one that is slow by chance decides nothing."""
-    run()  # what only a first run does
-    seconds: list[float] = []
-    while len(seconds) < 3 or (sum(seconds) < limit and len(seconds) < 50):
-        seconds.append(_seconds(run, device))
-        if sum(seconds) > 2 * limit:
-            break
-    return 1e6 * statistics.median(seconds)
+    def call(self, forward: Callable[[], Tensor]) -> None:
+        with torch.set_grad_enabled(self.training):
+            output = forward()
+        if self.training:
+            self.grad = torch.ones_like(output) if self.grad is None else self.grad
+            torch.autograd.grad(output, [self.input, *self.flat], self.grad)
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
@@ -467,7 +538,7 @@ def tune(module: nn.Module, *inputs: Any, **keywords: Any) -> dict[str, Choice]:
     seen: _Seen = {}
     token = _seen.set(seen)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), cuda_kernels.decide_anew():
             module(*inputs, **keywords)
     finally:
         _seen.reset(token)
@@ -483,10 +554,9 @@ def tune(module: nn.Module, *inputs: Any, **keywords: Any) -> dict[str, Choice]:
         shared = [choices]
         torch.distributed.broadcast_object_list(shared, src=0)
         choices = shared[0]
-        for (index, shape), (device, _) in seen.items():
-            choice = _fixed[index, shape] = choices.get(shape.key)
-            if choice is not None and choice.ours:
-                _tell_kernels(shape, device, choice.forward, choice.backward)
+        for (_, shape), (device, _) in seen.items():
+            _fix(shape, device, choices.get(shape.key), anew=True)
+    _ways.clear()
     if not choices:
         warnings.warn(f"tune: nothing was measured: {_why_not(bool(seen))}", UserWarning, stacklevel=2)
     return choices

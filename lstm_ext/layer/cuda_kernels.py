@@ -40,10 +40,12 @@ def requested() -> str:
     kernel = config.requested_cuda_kernel()
     if kernel == "auto":
         return "auto: of those that have been right here, the one measured fastest, else persistent, step, stepwise"
-    return f"{kernel}: LSTM_EXT_CUDA_KERNEL={kernel}"
+    others = "; options that torch lacks as with auto" if kernel == "torch" else ""
+    return f"{kernel}: LSTM_EXT_CUDA_KERNEL={kernel}{others}"
 
 
 _forced: Counter[str] = Counter()  # contexts of `forced`, in all threads, by kernel
+deciding_anew = 0  # contexts of `decide_anew`, in all threads
 _one_at_a_time = threading.Lock()
 
 
@@ -54,23 +56,38 @@ def forced(kernel: str) -> Iterator[None]:
     Torch's operator, which may be faster, does not take its place.
     """
     extension = loader.extension()
+    with decide_anew():
+        with _one_at_a_time:
+            _forced[kernel] += 1
+        try:
+            if extension is not None and kernel != "auto":
+                extension.set_cuda_kernel(kernel)
+            yield
+        finally:
+            if extension is not None and kernel != "auto":
+                extension.set_cuda_kernel("")
+            with _one_at_a_time:
+                _forced[kernel] -= 1
+
+
+@contextlib.contextmanager
+def decide_anew() -> Iterator[None]:
+    """What earlier calls have decided does not count, in all threads."""
+    global deciding_anew
     with _one_at_a_time:
-        _forced[kernel] += 1
+        deciding_anew += 1
     try:
-        if extension is not None and kernel != "auto":
-            extension.set_cuda_kernel(kernel)
         yield
     finally:
-        if extension is not None and kernel != "auto":
-            extension.set_cuda_kernel("")
         with _one_at_a_time:
-            _forced[kernel] -= 1
+            deciding_anew -= 1
 
 
 def is_requested() -> bool:
     """Whether one kernel has to run: by `forced`, or by LSTM_EXT_CUDA_KERNEL."""
     forced = list(_forced.items())  # other threads add to it
-    return config.requested_cuda_kernel() != "auto" or any([n > 0 for name, n in forced if name != "auto"])
+    asked = config.requested_cuda_kernel() not in ("auto", "torch")
+    return asked or any([n > 0 for name, n in forced if name != "auto"])
 
 
 @constant_for_dynamo

@@ -437,8 +437,8 @@ def cuda_switch() -> bool | None:
 
 
 def requested_cuda_kernel() -> str:
-    """LSTM_EXT_CUDA_KERNEL: the name of a kernel, or "auto"."""
-    return chosen("LSTM_EXT_CUDA_KERNEL", "auto", ("auto", *CUDA_KERNELS))
+    """LSTM_EXT_CUDA_KERNEL: the name of a kernel, "torch" for torch's operator, or "auto"."""
+    return chosen("LSTM_EXT_CUDA_KERNEL", "auto", ("auto", "torch", *CUDA_KERNELS))
 
 
 def checks_cuda_kernels() -> bool:

@@ -213,7 +213,7 @@ def _on_cuda(
             backward=backward,
             options=bool(getattr(module, "zoneout", None) or getattr(module, "recurrent_dropout", 0)),
             kernel=kernel,
-            measured="" if taken is None else taken.backward if backward else taken.forward,
+            measured="" if taken is None else taken.kernel,
             **{f"{name}_outcome": was_right for name, was_right in outcomes.items()},
         )
 
@@ -223,7 +223,7 @@ def _on_cuda(
         plan["backward"] = plan_of(request, backward=True)
     if not ours:
         by_torch = {**plan, **_by_torch(module), "kernel": "torch", "reasons": [str(why)]}
-        if not draws_masks and choice is None:
+        if why == cuda_choice.NOT_MEASURED:
             by_torch["summary"] += ", until it is measured on this device"
             for kernel in (*reversed(config.TRIED_CUDA_KERNELS), "stepwise"):
                 passes = [plan_of(kernel), *([plan_of(kernel, backward=True)] if module.training else [])]

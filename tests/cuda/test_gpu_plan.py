@@ -271,7 +271,7 @@ def test_older_cards_are_refused() -> None:
     ("change", "said"),
     [
         ({"dtype": "int8"}, "dtype: expected float64, float32, float16 or bfloat16, got int8"),
-        ({"kernel": "fast"}, "kernel: expected auto, stepwise, step or persistent, got fast"),
+        ({"kernel": "fast"}, "kernel: expected auto, torch, stepwise, step or persistent, got fast"),
         ({"batch": 0}, "expected sizes and directions of at least 1, got 0"),
     ],
 )
@@ -335,7 +335,7 @@ def test_a_layer_of_torch_is_explained_as_what_it_becomes(
 
 @pytest.mark.parametrize("ours", [False, True])
 def test_what_was_measured_is_said(monkeypatch: pytest.MonkeyPatch, ours: bool) -> None:
-    choice = cuda_choice.Choice(ours, "step", "stepwise", {"torch": 2.0, "step": 1.0})
+    choice = cuda_choice.Choice(ours, "step", {"torch": 2.0, "step": 1.0})
     found = {"choices": {"bfloat16 H16 L1 B4 T8": choice}, "outcomes": {"step": True, "persistent": False}}
     monkeypatch.setattr(
         sys.modules["lstm_ext.nn.explain"], "_device", lambda *_: ("cuda:0", DEVICES["H100"], found)
@@ -347,6 +347,20 @@ def test_what_was_measured_is_said(monkeypatch: pytest.MonkeyPatch, ours: bool) 
     other = lstm_ext.explain(module, (5, 30, 8), dtype=torch.bfloat16)
     assert "until it is measured" in other and "step can run" in other
     assert "persistent is not taken: it was wrong on this device" in other
+
+
+def test_torch_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of layers that torch's operator can compute. In deterministic mode too, without a request."""
+    monkeypatch.setenv("LSTM_EXT_CUDA_KERNEL", "torch")
+    said = lstm_ext.explain(nn.LSTM(8, 16), (5, 3, 8), device="H100")
+    assert said.endswith("torch's own operator, one call for all layers\n    LSTM_EXT_CUDA_KERNEL=torch")
+    options = (lstm_ext.LSTM(8, 16, zoneout=0.1), (5, 3, 8))
+    requested = lstm_ext.explain(*options, device="H100")
+    monkeypatch.delenv("LSTM_EXT_CUDA_KERNEL")
+    assert requested == lstm_ext.explain(*options, device="H100") and "torch" not in requested
+    monkeypatch.setattr(cuda_choice, "_is_deterministic", lambda: True)
+    said = lstm_ext.explain(nn.LSTM(8, 16), (5, 3, 8), device="H100")
+    assert said.endswith("one call for all layers\n    in deterministic mode no measurement decides")
 
 
 def test_torchs_operator_takes_no_layer_with_options() -> None:

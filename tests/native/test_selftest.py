@@ -259,6 +259,7 @@ def test_cuda_kernels() -> None:
         ("stepwise", "LSTM_EXT_CUDA_KERNEL=stepwise"),
         ("step", "LSTM_EXT_CUDA_KERNEL=step"),
         ("persistent", "LSTM_EXT_CUDA_KERNEL=persistent"),
+        ("torch", "LSTM_EXT_CUDA_KERNEL=torch; options that torch lacks as with auto"),
     ],
 )
 def test_kernel_in_use(monkeypatch: pytest.MonkeyPatch, value: str | None, reason: str) -> None:

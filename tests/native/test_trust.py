@@ -355,13 +355,13 @@ def test_whatever_is_in_the_users_record(folder: Path, monkeypatch: pytest.Monke
         choices = cuda_choice.recorded(gpu).values()
         for choice in choices:
             assert str(choice)
-            cuda_choice._tell_kernels(shape, gpu, choice.forward, choice.backward)
+            cuda_choice._tell_kernels(shape, gpu, choice.kernel, choice.kernel)
         cuda_choice._ours_in_graph(0, torch.bfloat16, 1, False, True, False)
         assert cuda_kernels.outcome(gpu, "step", torch.bfloat16) in (None, True)
         info._device_lines(gpu, loader.status())
         return len(choices)
 
-    choice = cuda_choice.asdict(cuda_choice.Choice(True, "step", "persistent", {"torch": 2.0, "step": 1.0}))
+    choice = cuda_choice.asdict(cuda_choice.Choice(True, "step", {"torch": 2.0, "step": 1.0}))
     selftest_record.write(gpu, ["step"], ["persistent"], {shape.key: choice})
     try:
         assert use() == 1

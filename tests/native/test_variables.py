@@ -32,7 +32,7 @@ VARIABLES = (
     (
         "LSTM_EXT_CUDA_KERNEL",
         ["fast"],
-        f"set it to one of auto, {', '.join(config.CUDA_KERNELS)}, or unset it",
+        f"set it to one of auto, torch, {', '.join(config.CUDA_KERNELS)}, or unset it",
         LAYER,
     ),
     ("LSTM_EXT_CUDA_CHECK", ["no"], "set it to 0 or 1, or unset it", LAYER),

@@ -291,8 +291,7 @@ def test_a_record_that_several_threads_write_and_read(tmp_path, monkeypatch: pyt
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     device = torch.device("cpu")
     choices = {
-        f"H{n}": cuda_choice.asdict(cuda_choice.Choice(True, "step", "step", {"torch": 1.0}))
-        for n in range(40)
+        f"H{n}": cuda_choice.asdict(cuda_choice.Choice(True, "step", {"torch": 1.0})) for n in range(40)
     }
     selftest_record.write(device, ["step"], [], choices)
     kernels = [f"kernel{i}" for i in range(THREADS)]
