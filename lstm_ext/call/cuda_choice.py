@@ -168,7 +168,7 @@ def prefers_torch(
     if stack._frozen:
         return False
     w, dtype, key = weights[0][1], x.dtype if autocast is None else autocast, None
-    if not (cuda_kernels.deciding_anew or _is_compiling()):
+    if not (_is_compiling() or cuda_kernels.deciding_anew):
         key = (
             x.get_device(),
             dtype,
@@ -201,7 +201,7 @@ def cell_prefers_torch(x: Tensor, weights: Sequence[Tensor | None], training: bo
     """The same for an LSTMCell with the input x (B, I)."""
     w: Any = weights[1]
     dtype, key = x.dtype, None
-    if not (cuda_kernels.deciding_anew or _is_compiling()):
+    if not (_is_compiling() or cuda_kernels.deciding_anew):
         tf32 = dtype is _FLOAT32 and _fp32_precision("cuda", "rnn")
         key = (x.get_device(), dtype, x.shape, w.shape, training, tf32, _is_deterministic())
         known = _ways.get(key)
@@ -418,7 +418,7 @@ def _timed(
                 seconds.clear()
                 continue
             turns += 1
-            if (turns >= 3 and elapsed > limit) or elapsed > 2 * limit:
+            if (turns >= 3 and elapsed > limit) or elapsed > 4 * limit:
                 break
     finally:
         _tell_kernels(sizes, device, *before)

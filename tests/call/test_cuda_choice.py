@@ -310,6 +310,23 @@ def test_a_compiler_sees_the_deterministic_mode(card: Card) -> None:
     assert compiled(torch.zeros(1)) == 1
 
 
+def test_a_compiler_sees_no_look_up(card: Card) -> None:
+    """Dynamo makes no guard for a missing key. One for a key that is there would compile anew without need."""
+    torch._dynamo.reset()
+    stack, weights, *_ = layer()
+    graphs: list[Any] = []
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if cuda_choice.prefers_torch(stack, weights, x, None, None) else x - 1
+
+    compiled = torch.compile(call, backend=lambda graph, _: (graphs.append(graph), graph)[1], fullgraph=True)
+    x = torch.zeros(20, 8, 5)
+    assert compiled(x)[0, 0, 0] == 1 and not cuda_choice._ways
+    assert call(x)[0, 0, 0] == -1  # measured
+    with cuda_kernels.decide_anew():
+        assert compiled(x)[0, 0, 0] == 1 and len(graphs) == 1
+
+
 def test_a_record_of_another_form_does_not_count(card: Card) -> None:
     """It was measured in another way."""
     old = {"ours": True, "forward": "step", "backward": "step", "us": {"torch": 2.0, "step": 1.0}}
