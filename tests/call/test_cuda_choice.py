@@ -144,6 +144,21 @@ def test_a_decided_call_is_one_look_up(
         assert call(*arguments) is (times is SLOW)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [{"layers": 2}, {"hidden": 16}, {"bidirectional": True}, {"dropout": 0.1}, {"training": False}],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_each_layer_is_looked_up_by_all_that_it_has(card: Card, changed: dict[str, Any]) -> None:
+    for has in ({}, changed):
+        layers, hidden = has.get("layers", 1), has.get("hidden", 32)
+        of = (has.get("dropout", 0.0), has.get("training", True), has.get("bidirectional", False))
+        weights = [[torch.empty(4 * hidden, 5), torch.empty(4 * hidden, hidden)]] * layers
+        call = (cuda_choice.PlainStack(True, layers, *of), weights, stand_in((20, 8, 5)), None, None)
+        assert not cuda_choice.prefers_torch(*call)
+    assert len(cuda_choice._ways) == 2
+
+
 @pytest.mark.parametrize("changed", ["tf32", "deterministic", "forced", "tune"])
 def test_what_a_look_up_has_to_see(card: Card, monkeypatch: pytest.MonkeyPatch, changed: str) -> None:
     stack, weights, *_ = layer()
@@ -271,8 +286,19 @@ def test_a_process_does_not_change_its_mind(card: Card, monkeypatch: pytest.Monk
             patch.setattr(cuda_kernels, "problem", lambda index: None)
         assert prefers_torch() is (where != "not tried")  # without operators, torch's computes in any case
     card.capturing = False
-    assert prefers_torch() and card.measurements == 0
+    assert prefers_torch() and prefers_torch(steps=19) and card.measurements == 0
     assert not prefers_torch(batch=100) and card.measurements == 1
+
+
+def test_a_call_that_cannot_wait_for_a_measurement_decides(card: Card) -> None:
+    """Another thread, which captures a graph, say, has given its call to torch's operator meanwhile."""
+
+    def measure() -> cuda_choice.Times:
+        cuda_choice._fixed[torch.device("cuda:0").index, class_of_layer()] = None
+        return FAST
+
+    card.times = measure
+    assert prefers_torch() and card.measurements == 1 and card.told == []
 
 
 @pytest.mark.parametrize("what", ["deterministic", "LSTM_EXT_CUDA_KERNEL=torch"])
@@ -284,6 +310,9 @@ def test_a_setting_ignores_what_was_measured(card: Card, monkeypatch: pytest.Mon
             assert prefers_torch() and prefers_torch(batch=100) and "deterministic" in str(explained())
             with cuda_kernels.forced("auto"):
                 assert not prefers_torch()
+            monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+            assert cuda_choice.way(False, lambda: True) == (True, True)  # C++ can load our operator
+            monkeypatch.setattr(torch.compiler, "is_exporting", lambda: False)
         # The mode has decided, not the process.
         assert not prefers_torch()
     else:
@@ -605,8 +634,8 @@ def test_one_slow_run_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_slow_layer_is_measured_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = Runs(monkeypatch, lambda kernel, steps, count: 1.0)
-    runs.times(20)
+    runs = Runs(monkeypatch, lambda kernel, steps, count: 10.0 if count <= 3 else 1.0)
+    assert runs.times(20) == pytest.approx({"torch": 1e6, "stepwise": 1e6, "step": 1e6})
     assert len(runs.all) == 2 * 3
 
 
