@@ -72,7 +72,7 @@ def forced(kernel: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def decide_anew() -> Iterator[None]:
-    """What earlier calls have decided does not count, in all threads."""
+    """In this context no thread takes what an earlier call has decided."""
     global deciding_anew
     with _one_at_a_time:
         deciding_anew += 1
