@@ -160,30 +160,36 @@ LSTM_DEVICE NewCell<T> new_cell(const CellForward<T>& args, RowState row, int64_
   result.output = output_values<kOptions>(args.output, row, place, now.h);
   return result;
 }
-// The same in two halves, for kernels that multiply themselves. A cell before its product is there: z without it, but
-// with U h_{t-1} where h_{t-1} is not that of the step before; and c_{t-1}. It takes no part if it is not there.
-// `whole`: the product is W x + U h of every row.
+// The same in three parts, for kernels that multiply themselves. A cell before its product is there: z is W x, and
+// before is c_{t-1}. It takes no part if it is not there. `whole`: the product is W x + U h of every row. begin_cell
+// loads, and nothing waits for what it loads.
 struct BegunCell {
   RowState row;
   float z[4];
   float before;
 };
-template <bool kOptions, typename T, typename Bias>
-LSTM_DEVICE BegunCell begin_cell(const CellForward<T>& args, int64_t b, int64_t j, Bias&& bias, bool whole = false) {
+template <bool kOptions, typename T>
+LSTM_DEVICE BegunCell begin_cell(const CellForward<T>& args, int64_t b, int64_t j, bool whole = false) {
   const int64_t H = args.hidden_size;
   BegunCell begun = {};
   if (b >= args.rows.count || j >= H) return begun;
   begun.row = forward_row<kOptions>(args.rows, b);
   if (!begun.row.takes_part()) return begun;
-  for (int gate = 0; gate < 4; ++gate) begun.z[gate] = bias(gate);
   begun.before = previous_cell(begun.row, args.c_previous, b * H + j);
   if (whole) return begun;
-  for (int gate = 0; gate < 4; ++gate) begun.z[gate] += args.input_part[b * args.input_stride + gate * H + j];
-  if (begun.row.takes_product()) return begun;
-  if (const float* recurrent = recurrent_row(args, begun.row, b)) {
-    for (int gate = 0; gate < 4; ++gate) begun.z[gate] += recurrent[gate * H + j];
-  }
+  for (int gate = 0; gate < 4; ++gate) begun.z[gate] = args.input_part[b * args.input_stride + gate * H + j];
   return begun;
+}
+// Adds the biases, and U h_{t-1} where h_{t-1} is not that of the step before.
+template <typename T, typename Bias>
+LSTM_DEVICE void complete_cell(const CellForward<T>& args, BegunCell& begun, int64_t b, int64_t j, Bias&& bias,
+                               bool whole = false) {
+  if (!begun.row.takes_part()) return;
+  for (int gate = 0; gate < 4; ++gate) begun.z[gate] += bias(gate);
+  if (whole || begun.row.takes_product()) return;
+  if (const float* recurrent = recurrent_row(args, begun.row, b)) {
+    for (int gate = 0; gate < 4; ++gate) begun.z[gate] += recurrent[gate * args.hidden_size + j];
+  }
 }
 template <bool kOptions, typename Math, typename T>
 LSTM_DEVICE NewCell<T> new_cell(const CellForward<T>& args, BegunCell& begun, int64_t place, const float (&product)[4],
@@ -280,6 +286,43 @@ LSTM_DEVICE typename Types<T>::Accumulate gradient_after(const CellBackward<T>& 
   }
   return after;
 }
+// A number as it lies in memory. One of 16 bits has a register for itself: to pack two, ptxas waits for their loads.
+template <typename T>
+struct Loaded {
+  std::conditional_t<sizeof(T) == 2, uint32_t, T> bits;
+  LSTM_DEVICE void load(const T* from) {
+    if constexpr (sizeof(T) == 2) {
+      bits = *reinterpret_cast<const uint16_t*>(from);
+    } else {
+      bits = *from;
+    }
+  }
+  LSTM_DEVICE typename Types<T>::Accumulate value() const {
+    if constexpr (sizeof(T) == 2) {
+      const auto half = static_cast<uint16_t>(bits);
+      return widen(reinterpret_cast<const T&>(half));
+    } else {
+      return bits;
+    }
+  }
+};
+// What the values of a plain cell are made of: nothing waits for the loads.
+template <typename T>
+struct LoadedCell {
+  Loaded<T> z[4], output;
+  typename Types<T>::Accumulate before, now, after;
+};
+template <typename T>
+LSTM_DEVICE LoadedCell<T> load_cell(const CellBackward<T>& args, RowState row, int64_t b, int64_t j) {
+  const int64_t H = args.hidden_size, place = b * H + j;
+  LoadedCell<T> loaded = {};
+  loaded.before = previous_cell(row, args.c_previous, place);
+  loaded.now = args.cells[place];
+  loaded.after = gradient_after<false>(args, row, place);
+  if (args.output.grad_output) loaded.output.load(args.output.grad_output + b * args.output.grad_output_stride + j);
+  for (int gate = 0; gate < 4; ++gate) loaded.z[gate].load(args.preactivations + (b * 4 + gate) * H + j);
+  return loaded;
+}
 template <bool kOptions, typename Math, typename T, typename Cell = cell::Plain>
 LSTM_DEVICE CellValues<Math, Cell> cell_values(const CellBackward<T>& args, RowState row, int64_t b, int64_t j,
                                                const Cell& cell = {}) {
@@ -291,6 +334,21 @@ LSTM_DEVICE CellValues<Math, Cell> cell_values(const CellBackward<T>& args, RowS
   values.squashed = cell::squash<Math>(values.now, cell);
   values.output = given_gradient(args.output, row, b, j, args.hidden_size);
   values.after = gradient_after<kOptions>(args, row, place);
+  return values;
+}
+
+template <typename Math, typename T>
+LSTM_DEVICE CellValues<Math> values_of(const CellBackward<T>& args, RowState row, const LoadedCell<T>& loaded,
+                                       int64_t b, int64_t j) {
+  CellValues<Math> values;
+  for (int gate = 0; gate < 4; ++gate) values.gates[gate] = loaded.z[gate].value();
+  values.gates = cell::gate_values<Math>(values.gates, cell::Plain{});
+  values.before = loaded.before;
+  values.now = loaded.now;
+  values.squashed = cell::squash<Math>(loaded.now, cell::Plain{});
+  values.output = loaded.output.value();
+  if (args.output.grad_h_n && !row.has_next()) values.output += widen(args.output.grad_h_n[b * args.hidden_size + j]);
+  values.after = loaded.after;
   return values;
 }
 

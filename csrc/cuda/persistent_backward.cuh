@@ -14,6 +14,7 @@ struct PersistentBackwardPass {
   static constexpr int kSums = 1;
   struct Cell {
     RowState row;  // takes no part if it is not there
+    LoadedCell<T> loaded;
     CellValues<FastMath> values;
   };
 
@@ -68,12 +69,22 @@ struct PersistentBackwardPass {
     return cell;
   }
 
-  LSTM_DEVICE Cell begin_cell(const CellBackward<T>& cell, const Unit&, int64_t b, int64_t j) const {
+  LSTM_DEVICE Cell begin_cell(const CellBackward<T>& cell, int64_t b, int64_t j) const {
     Cell result = {};
     if (!is_cell(cell, b, j)) return result;
     result.row = backward_row<kOptions>(cell.rows, b);
-    if (result.row.takes_part()) result.values = cell_values<kOptions, FastMath>(cell, result.row, b, j);
+    if (!result.row.takes_part()) return result;
+    if constexpr (kOptions) {
+      result.values = cell_values<kOptions, FastMath>(cell, result.row, b, j);
+    } else {
+      result.loaded = load_cell(cell, result.row, b, j);
+    }
     return result;
+  }
+  LSTM_DEVICE void complete_cell(Cell& begun, const Unit&, int64_t b, int64_t j) const {
+    if constexpr (!kOptions) {
+      if (begun.row.takes_part()) begun.values = values_of<FastMath>(args.cell, begun.row, begun.loaded, b, j);
+    }
   }
 
   using Result = CellGradients<float>;

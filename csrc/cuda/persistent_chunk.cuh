@@ -308,12 +308,14 @@ class PersistentChunk {
   static constexpr int kChains = kTiles == 1 ? 2 : 1;
   using Chains = float[kChains][kTiles][4];
 
-  // The product of the tile. False: its operand did not come.
-  LSTM_DEVICE bool multiply(float (&sums)[kTiles][4], const unsigned char* row) const {
+  // The product of the tile. False: its operand did not come. Calls `meanwhile` when the mailbox was looked at first.
+  template <typename Meanwhile>
+  LSTM_DEVICE bool multiply(float (&sums)[kTiles][4], const unsigned char* row, Meanwhile&& meanwhile) const {
     constexpr int kStride = kParts * 4 * kPieceBytes;
     const int count = (pieces_of_row_ - piece_of(0) + 4 * kParts - 1) / (4 * kParts);  // pieces of this thread
     Chains chains = {};
     AwaitedPieces<kPieces> pieces(row, kStride, count);
+    meanwhile();
     if (!multiply_groups<0>(chains, pieces)) return false;
 #pragma unroll 1
     for (int e = 0; e < all_.extra; ++e) {
@@ -379,12 +381,15 @@ class PersistentChunk {
     const int stride = all_.groups * kPersistentRows;
     const bool has_cell = static_cast<int>(threadIdx.x) < kCellThreads;
     for (int first_row = group_row_; first_row < place.rows; first_row += stride, ++turn) {
-      // Reads that happen before the operand arrives cost no time.
+      // Reads that happen before the operand arrives cost no time, if the first look at the mailbox does not wait for
+      // them.
       typename Pass::Cell begun = {};
-      if (has_cell)
-        begun = pass_.begin_cell(pass_.step(place), unit_, first_row + cell().row, first_unit_ + cell().unit);
+      if (has_cell) begun = pass_.begin_cell(pass_.step(place), first_row + cell().row, first_unit_ + cell().unit);
+      const auto meanwhile = [&] {
+        if (has_cell) pass_.complete_cell(begun, unit_, first_row + cell().row, first_unit_ + cell().unit);
+      };
       float sums[kTiles][4] = {};
-      const bool came = multiply(sums, row_left(i, left_at, first_row + group_, Pass::rows_left(place)));
+      const bool came = multiply(sums, row_left(i, left_at, first_row + group_, Pass::rows_left(place)), meanwhile);
       if (!came) atomicExch(&late_[turn % 2], 1u);
 #pragma unroll
       for (int k = 0; k < kFragmentCells; ++k) sums_of_fragment(sums, k).store(partial(turn, warp_, fragment_cell(k)));

@@ -73,8 +73,11 @@ struct PersistentForwardPass {
     return cell;
   }
 
-  LSTM_DEVICE Cell begin_cell(const CellForward<T>& cell, const Unit& unit, int64_t b, int64_t j) const {
-    return cuda::begin_cell<kOptions>(cell, b, j, [&](int gate) { return unit.bias[gate]; });
+  LSTM_DEVICE Cell begin_cell(const CellForward<T>& cell, int64_t b, int64_t j) const {
+    return cuda::begin_cell<kOptions>(cell, b, j);
+  }
+  LSTM_DEVICE void complete_cell(Cell& begun, const Unit& unit, int64_t b, int64_t j) const {
+    cuda::complete_cell(args.cell, begun, b, j, [&](int gate) { return unit.bias[gate]; });
   }
 
   using Result = NewCell<T>;

@@ -145,8 +145,10 @@ LSTM_KERNEL LSTM_LAUNCH_BOUNDS(kStepThreads) step_forward_kernel(LSTM_GRID_CONST
   const auto begin_cells = [&] {
 #pragma unroll
     for (int i = 0; i < kCells; ++i) {
+      const int64_t b = first_row + row_of_cell(i);
       const auto bias = [&](int gate) { return bias_at(args.cell, gate, j); };
-      cells[i] = begin_cell<kOptions>(args.cell, first_row + row_of_cell(i), j, bias, args.whole);
+      cells[i] = begin_cell<kOptions>(args.cell, b, j, args.whole);
+      complete_cell(args.cell, cells[i], b, j, bias, args.whole);
     }
   };
   constexpr bool kBeginsEarly = kCells <= 2;

@@ -73,6 +73,24 @@ class Code(list[str]):
         barriers = [n for n, opcode in enumerate(loop[:store]) if re.fullmatch(BLOCK_BARRIER[0], opcode)]
         return store - barriers[-1] if barriers else 0
 
+    def waits_before_poll(self) -> list[str]:
+        """Instructions of the longest loop that wait for a load, in front of the first one that looks at a mailbox."""
+        loads: dict[str, str] = {}  # by the register that they fill
+        waits: list[str] = []
+        for n in self._longest():
+            opcode, (to, *sources) = self[n], self.registers[n] or [""]
+            if re.fullmatch(STRONG_16[0], opcode):
+                return waits
+            stores = opcode.startswith("ST")
+            for register in [to, *sources] if stores else sources:
+                if register in loads:
+                    waits.append(f"{opcode} waits for {loads.pop(register)}")
+            if opcode.startswith("LDG"):
+                loads[to] = opcode
+            elif not stores:
+                loads.pop(to, None)
+        raise ValueError("the loop does not look at a mailbox")
+
     def chain(self) -> int:
         """The most products of the longest loop of which each adds to the sum of another."""
         depths: dict[str, int] = {}
