@@ -76,8 +76,7 @@ struct PersistentBackward {
   const uint8_t* resets;
   bool grad_output_by_time;  // its times are grad_output_time_stride apart; else its rows lie as those of the sequence
   int64_t grad_output_time_stride;
-  const Gradient* weight;  // U (4H, H)
-  int64_t weight_stride;
+  const Gradient* weight;  // U transposed, (H, mailbox.length): a row is a unit's four gates, each padded with zeros
   Mailbox<Gradient> mailbox;
 };
 

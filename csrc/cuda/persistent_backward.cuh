@@ -29,20 +29,9 @@ struct PersistentBackwardPass {
 
   // Row `row` of a tile is a unit; along it run all gates' rows of U, gate by gate.
   LSTM_DEVICE uint4 weight_piece(int64_t first_unit, int tile, int row, int64_t piece) const {
-    constexpr int kNumbers = kPieceNumbers<Operand>;
-    const int64_t H = args.cell.hidden_size, unit = first_unit + tile * 16 + row;
-    const int64_t length = args.mailbox.length / 4, gate = piece * kNumbers / length;
-    const int64_t first = piece * kNumbers - gate * length;
-    union {
-      uint4 bits;
-      Operand numbers[kNumbers];
-    } result = {make_uint4(0, 0, 0, 0)};
-    if (unit >= H || gate >= 4) return result.bits;
-#pragma unroll
-    for (int i = 0; i < kNumbers; ++i) {
-      if (first + i < H) result.numbers[i] = args.weight[(gate * H + first + i) * args.weight_stride + unit];
-    }
-    return result.bits;
+    const int64_t unit = first_unit + tile * 16 + row, first = piece * kPieceNumbers<Operand>;
+    if (unit >= args.cell.hidden_size || first >= args.mailbox.length) return make_uint4(0, 0, 0, 0);
+    return *reinterpret_cast<const uint4*>(args.weight + unit * args.mailbox.length + first);
   }
 
   // The step in the form of the stepwise kernels. Sizes have 32 bits, so that their products are one instruction.
