@@ -187,7 +187,7 @@ TABLE: dict[Tests, list[tuple[str, ...]]] = {
         ("cuda/reduction.cuh", "half > 0; half /= 2", "half > 1; half /= 2"),
         ("cuda/gpu_plan.h", "return (hidden_size + kStepUnits - 1) / kStepUnits;", "return hidden_size / kStepUnits;"),
         ("cuda/persistent.h", "kSentinel = 0xffffffffu", "kSentinel = 0xfffffffeu"),
-        ("cuda/persistent_backward.cuh", "tile * 16 + row;", "tile * 16 + row % 8;"),
+        ("cuda/persistent_backward.cuh", "tile * 16 + row, first", "tile * 16 + row % 8, first"),
         ("cuda/persistent_bf16.cu", "LSTM_EXT_PERSISTENT(__nv_bfloat16)", "LSTM_EXT_PERSISTENT(float)"),
         ("cuda/persistent_chunk.cuh", "n > 0 ? c.batch : 0", "c.batch"),
         ("cuda/persistent_f16.cu", "LSTM_EXT_PERSISTENT(__half)", "LSTM_EXT_PERSISTENT(float)"),
@@ -268,6 +268,8 @@ TABLE: dict[Tests, list[tuple[str, ...]]] = {
         ("cuda/step_backward.cuh", "  __syncthreads();\n  for (int cell", "  for (int cell"),
         ("cuda/step_backward.cuh", "  grid_dependency_wait();\n  launch_dependents();\n", "  launch_dependents();\n"),
         ("cuda/step_backward.cuh", "    __syncthreads();  // the gradients", "    // the gradients"),
+        ("torch/cuda_stepwise_forward.cpp", "dependent_ && !whole_", "dependent_"),
+        ("torch/cuda_stepwise_backward.cpp", "dependent_ && n < last", "dependent_"),
     ],
     emulated("race", "persistent"): [
         ("cuda/persistent_chunk.cuh", "+ turn % 2 * kPartials;", "+ turn * 0;"),
