@@ -131,7 +131,10 @@ def extension_arguments() -> dict:
         )
 
     all_sources, flags = [*kernels, *operators, *module_sources], config.compile_flags(cuda)
-    ops = extension(config.OPS_MODULE, all_sources, flags, config.ops_link_flags(config.OPS_LIBRARY))
+    link_flags = config.ops_link_flags(config.OPS_LIBRARY)
+    if cuda:
+        link_flags += config.runtime_flags(cuda, ROOT / "build" / "cudart")
+    ops = extension(config.OPS_MODULE, all_sources, flags, link_flags)
     ops.libraries.remove("torch_python")
     if cuda:
         ops.libraries += ["cudart", "c10_cuda", "torch_cuda"]

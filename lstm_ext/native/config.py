@@ -390,6 +390,8 @@ def check_headers() -> None:
 # those of the GPUs, and fail where there is none. The tests compile for the first of each generation.
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 OLDEST_CAPABILITY = tuple(map(int, ARCHITECTURES[0].split(".")))
+USUAL_TOOLKITS = Path("/usr/local")
+OLDEST_NVCC = (12, 4)  # of which kernels ask for a number of registers
 # stepwise: a product and a small kernel for each step. step: one kernel for each. persistent: one for all steps of a
 # chunk, whose blocks keep the recurrent weights.
 CUDA_KERNELS = ("stepwise", "step", "persistent")
@@ -541,7 +543,8 @@ def _find_toolkit(torch_cuda: str) -> tuple[Path, str]:
         homes = [Path(chosen)]
     else:
         homes = [_home_of(Path(on_path))] if on_path else []
-        homes += [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob(f"cuda-{major}.*"), reverse=True)]
+        homes += [USUAL_TOOLKITS / "cuda", *sorted(USUAL_TOOLKITS.glob(f"cuda-{major}.*"), reverse=True)]
+        homes += [place / f"cu{major}" for place in _wheels_of_nvidia()]
     problem = None
     for home in homes:
         if not (home / "bin" / "nvcc").is_file():
@@ -553,7 +556,13 @@ def _find_toolkit(torch_cuda: str) -> tuple[Path, str]:
             continue
         version = re.search(r"release (\d+\.\d+)", said)
         if version and version[1].split(".")[0] == major:
-            return home, version[1]
+            if tuple(map(int, version[1].split("."))) >= OLDEST_NVCC:
+                return home, version[1]
+            oldest = ".".join(map(str, OLDEST_NVCC))
+            problem = problem or (
+                f"{home} is CUDA {version[1]}, and the kernels need nvcc {oldest} or later (`__maxnreg__`): {install}."
+            )
+            continue
         problem = problem or (
             f"{home} is CUDA {version[1] if version else 'of an unknown version'}, "
             f"and this torch was built for CUDA {torch_cuda}: {install}."
@@ -605,9 +614,8 @@ def _header_dirs(home: Path, version: str) -> list[str]:
     """Header folders of the wheels that contain torch's own CUDA libraries, if the toolkit lacks a header."""
 
     missing = {header for header in _TORCH_CUDA_HEADERS if not (home / "include" / header).is_file()}
-    spec = importlib.util.find_spec("nvidia") if missing else None
     # The folder is nvidia/cu13/include since CUDA 13; before, there was a folder for each library.
-    places = [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+    places = _wheels_of_nvidia() if missing else []
     found: list[str] = []
     for folder in sorted(path for place in places for path in place.glob("*/include")):
         there = {header for header in missing if (folder / header).is_file()}
@@ -620,6 +628,28 @@ def _header_dirs(home: Path, version: str) -> list[str]:
             f"install the whole CUDA toolkit {version}, with its libraries' headers."
         )
     return found
+
+
+def _wheels_of_nvidia() -> list[Path]:
+    """The folders of the packages in which CUDA comes by pip."""
+    spec = importlib.util.find_spec("nvidia")
+    return [Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+
+
+def runtime_flags(cuda: Cuda, folder: Path) -> list[str]:
+    """The flags by which the linker finds ``-lcudart``, as torch says. A toolkit that pip installed has the library
+    with its version only, and gets a link to it in `folder`."""
+    libraries = [cuda.home / name for name in ("lib64", "lib")]
+    if any((place / "libcudart.so").exists() for place in libraries):
+        return []
+    versions = [path for place in libraries for path in sorted(place.glob("libcudart.so.*"))]
+    if not versions:
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / "libcudart.so"
+    link.unlink(missing_ok=True)
+    link.symlink_to(versions[0].resolve())
+    return [f"-L{folder}"]
 
 
 def gpu_capabilities() -> list[tuple[int, int]]:

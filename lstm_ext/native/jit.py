@@ -281,7 +281,7 @@ def build(
         }
 
     ops_file, flags = ops_library(directory).name, config.compile_flags(cuda)
-    ops_flags = config.ops_link_flags(ops_file)
+    ops_flags = [*config.ops_link_flags(ops_file), *(config.runtime_flags(cuda, directory) if cuda else ())]
     libraries = [
         library(_OPS_MODULE, [*kernels, *operators], flags, ops_flags, cuda is not None),
         # A relative path, because the linker runs in the folder.

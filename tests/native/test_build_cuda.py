@@ -179,6 +179,40 @@ def test_a_script_that_starts_nvcc(toolkit: Toolkit, monkeypatch: pytest.MonkeyP
     assert config.find_cuda("13.0").home == home
 
 
+def test_an_nvcc_that_is_too_old(toolkit: Toolkit) -> None:
+    toolkit(version="12.3")
+    cuda, reason = config.choose_cuda("12.6")
+    assert cuda is None and "is CUDA 12.3, and the kernels need nvcc 12.4 or later" in reason
+
+
+def test_a_toolkit_that_pip_installed(
+    toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It is found, and the linker finds its runtime library, which has no name without a version."""
+    home = tmp_path / "nvidia" / "cu13"
+    home.parent.mkdir()
+    toolkit().rename(home)
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "nvidia", raising=False)
+    monkeypatch.setattr(config, "USUAL_TOOLKITS", tmp_path / "none")
+    cuda = config.find_cuda("13.0")
+    assert cuda.home == home and config.runtime_flags(cuda, tmp_path / "build") == []
+
+    (home / "lib").mkdir()
+    source = tmp_path / "empty.c"
+    source.touch()
+    runtime = home / "lib" / "libcudart.so.13"
+    link = ["gcc", "-shared", str(source), "-o"]
+    subprocess.run([*link, str(runtime), "-Wl,-soname,libcudart.so.13"], check=True)
+    flags = [*config.runtime_flags(cuda, tmp_path / "build"), "-Wl,--no-as-needed", "-lcudart"]
+    subprocess.run([*link, str(tmp_path / "linked.so"), *flags], check=True)
+    assert "libcudart.so.13" in needed_by(tmp_path / "linked.so")
+    (home / "lib" / "libcudart.so").symlink_to(runtime)
+    assert config.runtime_flags(cuda, tmp_path / "build") == []
+
+
 def test_headers_of_torchs_wheels(toolkit: Toolkit, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     toolkit(headers=HEADERS[:1])
     include = tmp_path / "nvidia" / "cu13" / "include"
