@@ -163,7 +163,8 @@ gpu-bench:
 	$(PYTHON) benchmarks/gpu_check.py speed $(ARGS)
 
 # That the CUDA part compiles and is complete, and that such a build works on a machine without a GPU. The extension is
-# installed, not built in place, where that of VENV is. Needs nvcc, and 5 GB for the environment.
+# installed, not built in place, where that of VENV is: for one architecture, since the wheel that comes last is for all.
+# Needs nvcc, and 5 GB for the environment.
 # Left out: the CPU kernels and their library, which the same compiler makes of the same sources, what is not in the
 # package, and what takes long.
 CUDA_LEFT_OUT := simt fuzz tools cpu native_library
@@ -174,6 +175,8 @@ cuda-build: $(CUDA_INSTALLED)
 	  cuda = l.extension().build_info()["cuda"]; assert cuda and cuda == l.status().cuda, l.status()'
 	cd build/cuda && $(CUDA_PY) -m pytest $(PYTEST_OPTIONS) -c ../../pyproject.toml ../../tests \
 	  $(CUDA_LEFT_OUT:%=--ignore=../../tests/%) $(ARGS)
+	$(CUDA_PY) .ci/wheel.py --here --cuda
+	$(CUDA_PY) .ci/wheel.py --here --check
 
 # The tests of threads, and those of the layers that need few packages, under a Python without the GIL. The extension is
 # installed there. torch may bring CUDA's libraries, 5 GB.
@@ -251,7 +254,7 @@ $(CUDA_INSTALLED): $(CSRC) $(shell find lstm_ext -name "*.py" -o -name "*.pyi") 
 	@mkdir -p build/cuda
 	@rm -rf build/lib build/lib.*
 	@echo "building and installing the extension with CUDA; the output is in build/cuda/log.txt"
-	@LSTM_EXT_CUDA=1 $(CUDA_PY) -m pip install -v --no-build-isolation --no-deps --force-reinstall . \
+	@TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-8.0} LSTM_EXT_CUDA=1 $(CUDA_PY) -m pip install -v --no-build-isolation --no-deps --force-reinstall . \
 	  > build/cuda/log.txt 2>&1 || { cat build/cuda/log.txt; exit 1; }
 	@touch $@
 
@@ -263,7 +266,7 @@ $(CUDA_PACKAGES): pyproject.toml
 	@echo "installing torch with CUDA and what the tests need into $(CUDA_VENV), 5 GB"
 	$(CUDA_PY) -m pip install -q '$(CUDA_TORCH)' 'setuptools>=77'
 	@$(CUDA_PY) -c 'import torch; assert torch.version.cuda, f"error: torch {torch.__version__} is a build without CUDA"'
-	LSTM_EXT_SKIP_BUILD=1 $(CUDA_PY) -m pip install -q --no-build-isolation '.[build,test,demo,bench]'
+	LSTM_EXT_SKIP_BUILD=1 $(CUDA_PY) -m pip install -q --no-build-isolation '.[build,test,demo,bench,wheel]'
 	@touch $@
 
 $(FREE_INSTALLED): $(CSRC) $(shell find lstm_ext -name "*.py" -o -name "*.pyi") setup.py $(FREE_PACKAGES)

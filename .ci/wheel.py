@@ -3,6 +3,7 @@
     python .ci/wheel.py [--torch 2.11 ...] [--python python3.12 ...] [--machine aarch64]
     python .ci/wheel.py --check [...]  # `make wheel-check`: installs the wheel without a compiler, and tests it there
     python .ci/wheel.py --here [--check]  # for the torch and the Python that run this, whose files it uses
+    python .ci/wheel.py --cuda [...]  # with the CUDA kernels; needs nvcc, and torches with CUDA
 
 It has the CPU kernels once, the operators for each torch, and the Python module for each pair of a torch and a Python;
 lstm_ext/native/loader.py picks them by their names. torch's headers come from its wheels, which pip downloads. Nothing
@@ -46,9 +47,25 @@ TESTS = (
     *("-c", str(ROOT / "pyproject.toml"), str(ROOT / "tests" / "nn"), str(ROOT / "tests" / "call")),
     *(f"--ignore={ROOT / 'tests' / 'nn' / name}" for name in LEFT_OUT),
 )
-SHOWN = ("extension", "cpu: ")  # the lines of info and selftest that are shown
+SHOWN = ("extension", "cpu: ", "cuda: ")  # the lines of info and selftest that are shown
 # What torch's own builds add to the flags.
 FLAGS = ("-fPIC", "-DNDEBUG", "-fwrapv", "-DTORCH_API_INCLUDE_EXTENSION_H")
+# Unless TORCH_CUDA_ARCH_LIST names others: code for the first of each generation runs on the others of it.
+CUDA_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+# Beside those of the CPU: what the glue of CUDA needs, of torch and of the toolkit.
+TORCH_CUDA_LIBRARIES = ("torch_cuda", "c10_cuda")
+CUDA_LIBRARIES = ("cudart", "cublas")
+# In --check of a wheel with CUDA kernels, where there is neither a GPU nor nvcc.
+CUDA_CHECK = """
+import torch, lstm_ext
+from lstm_ext.native import loader
+cuda, name = loader.status().cuda, "lstm_ext::lstm_layer"
+assert cuda and cuda == loader.extension().build_info()["cuda"], loader.status()
+assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+said = lstm_ext.explain(lstm_ext.LSTM(64, 64), (64, 16, 64), device="H100", dtype=torch.bfloat16)
+assert "persistent" in str(said), said
+print("cuda:", cuda)
+"""
 
 
 @dataclass(frozen=True)
@@ -57,6 +74,7 @@ class Torch:
     version: str
     include: Path
     standard: str  # the flag for the C++ standard of its headers
+    cuda: str | None  # the version of CUDA that it was built with
 
 
 @dataclass(frozen=True)
@@ -109,7 +127,7 @@ def torch_of(minor: str, machine: Machine) -> Torch:
             subprocess.run([*pip, *kind, f"torch=={minor}.*"], check=True)
             (archive,) = Path(download).glob("torch-*.whl")
             with zipfile.ZipFile(archive) as wheel:
-                wanted = ("torch/include/", "torch/utils/cpp_extension.py")
+                wanted = ("torch/include/", "torch/utils/cpp_extension.py", "torch/version.py")
                 wheel.extractall(folder, [name for name in wheel.namelist() if name.startswith(wanted)])
         (folder / "version").write_text(archive.name.split("-")[1])
     return torch_in(folder, (folder / "version").read_text())
@@ -125,7 +143,8 @@ def torch_in(folder: Path, version: str) -> Torch:
         sys.exit(
             f"error: torch {minor}: expected one C++ standard in cpp_extension.py, found {sorted(standards)}"
         )
-    return Torch(minor, version, folder / "torch" / "include", standards.pop())
+    cuda = re.search(r"^cuda\b.*= '([\d.]+)'$", (folder / "torch/version.py").read_text(), re.MULTILINE)
+    return Torch(minor, version, folder / "torch" / "include", standards.pop(), cuda[1] if cuda else None)
 
 
 def torch_here() -> Torch:
@@ -178,6 +197,12 @@ class Ninja:
             "  description = $out",
         ]
 
+    def add_nvcc(self, nvcc: Path) -> None:
+        command = f"{shlex.quote(str(nvcc))} -MMD -MF $out.d $flags -c $in -o $out"
+        self.lines += [
+            "rule nvcc", f"  command = {command}", "  depfile = $out.d", "  description = $out",
+        ]  # fmt: skip
+
     def step(self, rule: str, target: str, sources: list[str], flags: list[str], after: list[str]) -> str:
         implicit = f" | {' '.join(after)}" if after else ""
         text = " ".join(shlex.quote(flag).replace("$", "$$") for flag in flags)
@@ -194,19 +219,71 @@ class Ninja:
         after: tuple[str, ...] | list[str] = (),
     ) -> str:
         objects = [
-            self.step("cc", f"objects/{target}/{path.stem}.o", [str(path)], compile_flags, [])
+            self.step(
+                "nvcc" if path.suffix == ".cu" else "cc",
+                f"objects/{target}/{path.stem}.o", [str(path)], compile_flags, [],
+            )
             for path in sources
-        ]
+        ]  # fmt: skip
         return self.step("link", target, [*objects, *others], link_flags, list(after))
 
 
-def compile_all(machine: Machine, torches: list[Torch], pythons: list[Python], out: Path) -> None:
+def cuda_for(torches: list[Torch]) -> tuple[config.Cuda, list[Torch]]:
+    """The toolkit, and the torches that have its version of CUDA."""
+    newest = next((torch.cuda for torch in reversed(torches) if torch.cuda), None)
+    if newest is None:
+        sys.exit(f"error: --cuda: none of torch {', '.join(t.version for t in torches)} has CUDA.")
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    try:
+        cuda = config.find_cuda(newest)
+    except config.BuildError as error:
+        sys.exit(f"error: --cuda: {error}")
+    major = cuda.version.split(".")[0]
+    fitting = [torch for torch in torches if (torch.cuda or "").split(".")[0] == major]
+    for torch in torches:
+        if torch not in fitting:
+            print(f"without CUDA kernels for torch {torch.version}: it has CUDA {torch.cuda}")
+    return cuda, fitting
+
+
+def compile_cuda(
+    ninja: Ninja, cuda: config.Cuda, torches: list[Torch], mine: list[str], needed: dict[str, str]
+) -> None:
+    """The kernels once, and for each torch the library that registers them."""
+    csrc, kernels = ROOT / "csrc", config.CUDA_KERNELS_LIBRARY
+    sources = [path for path in config.sources(csrc, with_cuda=True) if config.needs_cuda(path)]
+    codes = []
+    for architecture in cuda.architectures.split(";"):
+        number = architecture.removesuffix("+PTX").replace(".", "")
+        kinds = ("sm", "compute") if architecture.endswith("+PTX") else ("sm",)
+        codes += [f"-gencode=arch=compute_{number},code={kind}_{number}" for kind in kinds]
+    # The last word on visibility counts: the libraries of each torch call the kernels.
+    nvcc = [*config.NVCC_FLAGS, *cuda.nvcc_flags, *codes, "-std=c++17", f"-I{csrc}"]
+    nvcc += ["-Xcompiler=-fPIC,-fvisibility=default", "-Xfatbin=-compress-all"]
+    ninja.add_nvcc(cuda.home / "bin" / "nvcc")
+    of_kernels = [path for path in sources if path.suffix == ".cu"]
+    ninja.library(kernels, of_kernels, nvcc, [f"-Wl,-soname,{kernels}"], [needed["cudart"]])
+    glue = [path for path in sources if path not in of_kernels]
+    for torch in torches:
+        include = [torch.include, torch.include / "torch/csrc/api/include", cuda.home / "include"]
+        flags = [*mine, *(f"-isystem{path}" for path in (*include, *cuda.header_dirs)), torch.standard]
+        flags.append(f'-DLSTM_EXT_CUDA_BUILD="{cuda}"')
+        library = config.cuda_library(torch.minor)
+        link_flags = [f"-Wl,-soname,{library}", "-Wl,-rpath,$ORIGIN"]
+        ninja.library(
+            library, glue, flags, link_flags, [kernels, config.ops_library(torch.minor), *needed.values()]
+        )
+
+
+def compile_all(
+    machine: Machine, torches: list[Torch], pythons: list[Python], out: Path, with_cuda: bool
+) -> config.Cuda | None:
     ninja = Ninja(machine.compiler)
     work = machine.work
     (work / "empty.c").touch()
 
-    def stand_in(name: str) -> str:
-        file = f"lib{name}.so"
+    def stand_in(name: str, version: str = "") -> str:
+        file = f"lib{name}.so{version}"
         return ninja.step("link", f"stand_ins/{file}", ["empty.c"], [f"-Wl,-soname,{file}"], [])
 
     csrc = ROOT / "csrc"
@@ -232,6 +309,14 @@ def compile_all(machine: Machine, torches: list[Torch], pythons: list[Python], o
             needed = [kernels, *torch_libraries, stand_ins["torch_python"]]
             name = f"_C-{torch.minor}{python.suffix.replace(config.machine(), machine.name)}"
             ninja.library(name, module_sources, module_flags, config.module_link_flags(ops), needed, [ops])
+    cuda = None
+    if with_cuda:
+        cuda, fitting = cuda_for(torches)
+        major = "." + cuda.version.split(".")[0]
+        needed = {name: stand_ins[name] for name in TORCH_LIBRARIES}
+        needed |= {name: stand_in(name) for name in TORCH_CUDA_LIBRARIES}
+        needed |= {name: stand_in(name, major) for name in CUDA_LIBRARIES}
+        compile_cuda(ninja, cuda, fitting, mine, needed)
     (work / "build.ninja").write_text("\n".join(ninja.lines) + "\n")
     subprocess.run(["ninja", "-C", str(work)], check=True, env=os.environ | {"PATH": config.search_path()})
 
@@ -239,15 +324,19 @@ def compile_all(machine: Machine, torches: list[Torch], pythons: list[Python], o
     out.mkdir()
     for path in work.glob("_*.so"):
         shutil.copy(path, out)
+    return cuda
 
 
-def write_record(machine: Machine, torches: list[Torch], pythons: list[Python], out: Path) -> None:
+def write_record(
+    machine: Machine, torches: list[Torch], pythons: list[Python], out: Path, cuda: config.Cuda | None
+) -> None:
     versions = {torch.minor: torch.version for torch in torches}
     said = subprocess.run(
         [*shlex.split(machine.compiler), "--version"], capture_output=True, text=True, check=True
     )
     compiler = said.stdout.splitlines()[0]
     more = {"wheel": versions, "python": ", ".join(python.version for python in pythons)}
+    more["cuda"] = str(cuda) if cuda else None
     config.write_record(out, ", ".join(versions.values()), compiler, config.digest(ROOT / "csrc"), **more)
 
 
@@ -330,8 +419,13 @@ def check_pair(
     steps.append(
         (place.startswith(str(venv)), [f"the package that was imported is not the wheel's: {place}"])
     )
-    for arguments in (("lstm_ext.info",), ("lstm_ext.selftest",), *([] if here else [("pytest", *TESTS)])):
-        ok, lines = run("-m", *arguments)
+    programs = [("-m", "lstm_ext.info"), ("-m", "lstm_ext.selftest")]
+    with zipfile.ZipFile(wheel) as archive:
+        has_cuda = f"lstm_ext/native/{config.cuda_library(minor)}" in archive.namelist()
+    programs += [("-c", CUDA_CHECK)] if has_cuda else []
+    programs += [] if here else [("-m", "pytest", *TESTS)]
+    for arguments in programs:
+        ok, lines = run(*arguments)
         print("  " + ("" if ok else "FAILED: ") + next((x for x in lines if x.startswith(SHOWN)), lines[-1]))
         steps.append((ok, lines))
     print("\n".join(line for ok, lines in steps if not ok for line in lines[-40:]), flush=True)
@@ -371,6 +465,7 @@ def main() -> int:
     parser.add_argument("--python", nargs="+", default=[f"python{v}" for v in PYTHONS], metavar="COMMAND")
     parser.add_argument("--machine", default=config.machine(), choices=config.CPU_SETS)
     parser.add_argument("--here", action="store_true")
+    parser.add_argument("--cuda", action="store_true", help="with the CUDA kernels")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     if options.here:
@@ -398,15 +493,18 @@ def main() -> int:
     for path in work.glob("_*.so"):
         path.unlink()
     out = work / "libraries"
-    compile_all(machine, torches, pythons, out)
-    write_record(machine, torches, pythons, out)
+    cuda = compile_all(machine, torches, pythons, out, options.cuda)
+    write_record(machine, torches, pythons, out, cuda)
 
     raw, base = work / "raw", work / "base"
     for folder in (raw, base):
         shutil.rmtree(folder, ignore_errors=True)
     pack(out, base, raw, machine)
     (unrepaired,) = raw.glob("*.whl")
-    excluded = [f"--exclude=lib{name}.so" for name in (*TORCH_LIBRARIES, "torch_python")]
+    excluded = [
+        f"--exclude=lib{name}.so" for name in (*TORCH_LIBRARIES, "torch_python", *TORCH_CUDA_LIBRARIES)
+    ]
+    excluded += [f"--exclude=lib{name}.so.*" for name in CUDA_LIBRARIES]
     repair = ["repair", f"--plat={machine.tag}", *excluded, "-w", str(ROOT / "dist"), str(unrepaired)]
     subprocess.run([sys.executable, "-m", "auditwheel", *repair], check=True)
     wheel = made(machine.name)

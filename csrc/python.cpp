@@ -291,11 +291,7 @@ py::dict build_info() {
   info["version"] = LSTM_EXT_VERSION;
   info["torch"] = TORCH_VERSION;
   info["compiler"] = __VERSION__;
-#ifdef LSTM_EXT_CUDA_BUILD
-  info["cuda"] = LSTM_EXT_CUDA_BUILD;
-#else
-  info["cuda"] = "";
-#endif
+  info["cuda"] = lstm_ext::cuda_build();
   return info;
 }
 

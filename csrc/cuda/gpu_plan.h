@@ -142,7 +142,7 @@ const char* step_problem(const LayerFacts& layer);
 // Whether kStep or kPersistent has been right on a device of this process, as somebody has said, in 16 bits or for
 // float32 operands that are rounded to TF32; else not.
 LSTM_EXT_PUBLIC void set_validated(int device, Kernel kernel, bool tf32, bool validated);
-bool is_validated(int device, Kernel kernel, bool tf32);
+LSTM_EXT_PUBLIC bool is_validated(int device, Kernel kernel, bool tf32);
 
 // The kernel that was fastest when layers of these sizes were measured on a device: lstm_ext/call/cuda_choice.py
 // measures, and calls this; without a kernel it is not known any more. Steps and batch count rounded up to powers of
@@ -154,14 +154,14 @@ LSTM_EXT_PUBLIC std::optional<Kernel> measured(int device, const LayerFacts& lay
 // LSTM_EXT_CUDA_WAIT_LIMIT says in seconds, or in its place for one thread (null takes it back). Nothing if that is no
 // such number.
 LSTM_EXT_PUBLIC void set_wait_limit_of_thread(const double* seconds);
-std::optional<int64_t> wait_limit();
+LSTM_EXT_PUBLIC std::optional<int64_t> wait_limit();
 
 // How many multiprocessors persistent kernels leave to others, as LSTM_EXT_CUDA_FREE_MULTIPROCESSORS says; 0 without
 // it. Nothing if that is no such number.
-std::optional<int64_t> free_multiprocessors();
+LSTM_EXT_PUBLIC std::optional<int64_t> free_multiprocessors();
 // A device refused to start so many blocks at once; nothing: forget it. `device` stands for it as long as the process
 // lives.
-void note_refused(const DeviceFacts* device, std::optional<int64_t> blocks);
+LSTM_EXT_PUBLIC void note_refused(const DeviceFacts* device, std::optional<int64_t> blocks);
 // The most blocks that are asked for, by both.
 LSTM_EXT_PUBLIC int64_t most_blocks(const DeviceFacts* device);
 
@@ -174,10 +174,10 @@ LSTM_EXT_PUBLIC const char* name_of(Kernel kernel);
 // removes it. A thread with a request also gets TF32, whatever torch's settings are: for the check of a first use.
 LSTM_EXT_PUBLIC void set_request(const Request* request);
 LSTM_EXT_PUBLIC void set_request_of_thread(const Request* request);
-bool has_request_of_thread();
+LSTM_EXT_PUBLIC bool has_request_of_thread();
 // The request of the thread, of the process or of LSTM_EXT_CUDA_KERNEL; `any` if there is none. `known` is false for an
 // unknown name.
-Request current_request(bool* known);
+LSTM_EXT_PUBLIC Request current_request(bool* known);
 
 // From the makers' data sheets.
 LSTM_EXT_PUBLIC const std::vector<DeviceFacts>& known_devices();

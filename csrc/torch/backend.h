@@ -31,6 +31,7 @@ struct Backend {
   cuda::DeviceFacts (*facts)(int device) = nullptr;
   // Whether a wait of a persistent kernel has expired on the device since the last query, or a call has raised for it.
   bool (*wait_expired)(int device) = nullptr;
+  const char* build = "";  // for a GPU: the version of CUDA and the architectures
 };
 
 const Backend& cpu_backend();
@@ -38,10 +39,11 @@ const Backend& cpu_backend();
 // torch.backends.mkldnn.rnn.fp32_precision, which is "none" unless somebody asks.
 int bf16_parts_for(at::ScalarType dtype);
 
-// The CUDA backend registers itself if it is part of the build.
-void register_cuda_backend(const Backend& backend);
+// The CUDA backend registers itself if it is part of the build, or when its library is loaded, which a wheel has apart.
+LSTM_EXT_PUBLIC void register_cuda_backend(const Backend& backend);
 // Empty in a build without the CUDA backend.
 LSTM_EXT_PUBLIC std::optional<cuda::DeviceFacts> cuda_facts(int device);
 LSTM_EXT_PUBLIC bool cuda_wait_expired(int device);
+LSTM_EXT_PUBLIC const char* cuda_build();
 
 }  // namespace lstm_ext

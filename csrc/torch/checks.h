@@ -9,7 +9,7 @@ namespace lstm_ext {
 
 // Makes an uninitialised tensor, or one of zeros.
 using Allocate = at::Tensor (*)(at::IntArrayRef sizes, const at::TensorOptions& options);
-at::Tensor allocate_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
+LSTM_EXT_PUBLIC at::Tensor allocate_empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 at::Tensor allocate_zeros(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 // The number of tensors of a direction: of weights, and of layer normalisation.
@@ -33,7 +33,7 @@ struct DirectionParameters {
 };
 
 // Sizes of a layer, read from its arguments and checked against each other.
-struct LayerSizes {
+struct LSTM_EXT_PUBLIC LayerSizes {
   int64_t steps, batch, input_size, hidden_size, output_size, directions;
   bool projected;
   int64_t weights_per_direction;

@@ -14,6 +14,7 @@
 #include "torch/cuda_stepwise.h"
 #include "torch/cuda_stepwise_common.h"
 #include "torch/gemm_cublas.h"
+#include "torch/operators.h"
 
 namespace lstm_ext {
 namespace {
@@ -127,10 +128,12 @@ LayerGradients cuda_backward(const LayerCall& call, const LayerSizes& sizes, con
 
 // Registers the backend when the library is loaded.
 const bool registered = [] {
-  register_cuda_backend(
-      {&cuda_forward, &cuda_backward, /*saves_preactivations=*/true, &facts_of_device, &wait_expired});
+  register_cuda_backend({&cuda_forward, &cuda_backward, /*saves_preactivations=*/true, &facts_of_device, &wait_expired,
+                         LSTM_EXT_CUDA_BUILD});
   return true;
 }();
+
+TORCH_LIBRARY_IMPL(lstm_ext, CUDA, m) { ops::implement(m); }
 
 }  // namespace
 }  // namespace lstm_ext

@@ -3,6 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "contract/visibility.h"
+
 namespace lstm_ext {
 
 // Column-major: C (m, n) = op(A) (m, k) op(B) (k, n) [+ C], with element (row, column) at [row + column * ld].
@@ -24,11 +26,12 @@ struct Gemm {
 
 // c = a b, or c += a b, of matrices (rows, columns) with one contiguous axis each; see gemm_operand. Operands of 16
 // bits may have a float32 result; sums are float32, or float64 for float64.
-Gemm describe_gemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate, bool tf32);
+LSTM_EXT_PUBLIC Gemm describe_gemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool accumulate,
+                                   bool tf32);
 
 // The same product for other rows in every time step: c[c_row : c_row + rows] = a[a_row : a_row + rows] b. It is
 // described once, because a step takes only a few microseconds. `a` and `c` have contiguous rows.
-class RowsGemm {
+class LSTM_EXT_PUBLIC RowsGemm {
  public:
   RowsGemm(const at::Tensor& c, const at::Tensor& a, const at::Tensor& b, bool tf32);
   Gemm operator()(int64_t c_row, int64_t a_row, int64_t rows) const;
@@ -39,9 +42,9 @@ class RowsGemm {
 };
 
 // Two products of the same sizes as one. Each matrix of the second follows that of the first in memory.
-Gemm both_products(const Gemm& first, const Gemm& second);
+LSTM_EXT_PUBLIC Gemm both_products(const Gemm& first, const Gemm& second);
 
 // The matrix itself if describe_gemm takes it, else a contiguous copy.
-at::Tensor gemm_operand(const at::Tensor& matrix);
+LSTM_EXT_PUBLIC at::Tensor gemm_operand(const at::Tensor& matrix);
 
 }  // namespace lstm_ext

@@ -162,6 +162,8 @@ std::optional<cuda::DeviceFacts> cuda_facts(int device) {
   return cuda_backend().facts(device);
 }
 
+const char* cuda_build() { return cuda_backend().build; }
+
 bool cuda_wait_expired(int device) { return cuda_backend().wait_expired && cuda_backend().wait_expired(device); }
 
 LayerResults lstm_layer_forward(const LayerCall& call, bool save) {

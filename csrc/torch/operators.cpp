@@ -104,13 +104,13 @@ std::string call_arguments() {
   return text;
 }
 
+}  // namespace
+
 void implement(torch::Library& m) {
   m.impl("lstm_layer", torch::CppFunction::makeFromBoxedFunction<&run_layer>());
   m.impl("lstm_layer_forward", torch::CppFunction::makeFromBoxedFunction<&run_layer_forward>());
   m.impl("lstm_layer_backward", torch::CppFunction::makeFromBoxedFunction<&run_layer_backward>());
 }
-
-}  // namespace
 
 LayerCall read_call(const IValue*& next) {
   LayerCall call;
@@ -155,10 +155,6 @@ TORCH_LIBRARY(lstm_ext, m) {
 }
 
 TORCH_LIBRARY_IMPL(lstm_ext, CPU, m) { implement(m); }
-
-#if defined(LSTM_EXT_WITH_CUDA)
-TORCH_LIBRARY_IMPL(lstm_ext, CUDA, m) { implement(m); }
-#endif
 
 TORCH_LIBRARY_IMPL(lstm_ext, Autograd, m) {
   m.impl("lstm_layer", torch::CppFunction::makeFromBoxedFunction<&layer_autograd>());

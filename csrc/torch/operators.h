@@ -7,6 +7,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
+#include <torch/library.h>
 
 #include "torch/layer_call.h"
 
@@ -33,6 +34,8 @@ inline IValue tensor_or_none(const Tensor& tensor) { return tensor.defined() ? I
 LayerCall read_call(const IValue*& next);
 void push_call(const LayerCall& call, Stack& stack);
 
+// The kernels of a device's key. Those of CUDA are registered by cuda_backend.cpp, if it is part of the build.
+LSTM_EXT_PUBLIC void implement(torch::Library& m);
 // Kernels of the Autograd key: for the layer, and for its two ends, which have no gradient themselves.
 void layer_autograd(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack);
 void layer_ends_autograd(const OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack);

@@ -37,6 +37,8 @@ OPS_MODULE = "lstm_ext.native._ops"  # Python cannot import it: setuptools names
 OPS_LIBRARY = "_ops.so"
 # A wheel has the CPU kernels in a library of their own, and the operators and the module for each of these torches.
 KERNELS_LIBRARY = "_kernels.so"
+# And those of CUDA, if it has them, with a library for each torch that registers them.
+CUDA_KERNELS_LIBRARY = "_kernels_cuda.so"
 TORCHES = ("2.11", "2.12", "2.13", "2.14", "2.15")
 # For each machine the instruction sets that the CPU kernels are compiled for, in the order of preference, and what a
 # processor needs for each: flags of Linux. avx512 also has the kernels of the tile engines, amx and avx512_bf16.
@@ -67,14 +69,11 @@ COMPILE_FLAGS = [
     "-Wextra",
     f'-DLSTM_EXT_VERSION="{VERSION}"',
 ]
-# The additional flags of a build with CUDA.
-CUDA_COMPILE_FLAGS = ["-DLSTM_EXT_WITH_CUDA"]
 # For nvcc. Neither -std= nor -gencode: torch adds its own, the latter from TORCH_CUDA_ARCH_LIST, but not if it finds
 # "arch" in a flag. No paths either: a kernel includes nothing but the C++ standard library, CUDA and csrc/.
 NVCC_FLAGS = [
     "-O3",
     "-Xcompiler=-fvisibility=hidden,-fvisibility-inlines-hidden,-Wall,-Wextra",
-    *CUDA_COMPILE_FLAGS,
 ]
 # -fopenmp is missing here on purpose. It would link the system's libgomp, but torch's wheels carry their own copy,
 # in some releases under another name: two OpenMP runtimes in one process have two thread pools and two thread
@@ -96,6 +95,11 @@ C_LIBRARY_FLAGS = [
 def ops_library(torch_minor: str) -> str:
     """The name of the operators' library in a wheel."""
     return f"_ops-{torch_minor}.so"
+
+
+def cuda_library(torch_minor: str) -> str:
+    """The name of the library in a wheel that registers the CUDA kernels."""
+    return f"_cuda-{torch_minor}.so"
 
 
 def ops_library_of(module: Path) -> Path:
@@ -418,7 +422,7 @@ class Cuda:
 
 def compile_flags(cuda: Cuda | None) -> list[str]:
     """The compile flags of C++, with a record of the CUDA build."""
-    return [*COMPILE_FLAGS, *([*CUDA_COMPILE_FLAGS, f'-DLSTM_EXT_CUDA_BUILD="{cuda}"'] if cuda else [])]
+    return [*COMPILE_FLAGS, *([f'-DLSTM_EXT_CUDA_BUILD="{cuda}"'] if cuda else [])]
 
 
 def chosen(

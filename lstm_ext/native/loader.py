@@ -1,7 +1,8 @@
 """Finds the compiled extension: built ahead of time, else by `python -m lstm_ext.build`, else none.
 
 It is two libraries in one folder: that of the operators is loaded first, and the Python module, linked with it, finds
-it in the process. A wheel has these two for each torch and Python, and a third one, of the CPU kernels, for all.
+it in the process. A wheel has these two for each torch and Python, and a third one, of the CPU kernels, for all. One
+with CUDA also has a library of the CUDA kernels, and one for each torch that registers them, which is loaded last.
 """
 
 from __future__ import annotations
@@ -215,8 +216,9 @@ def _find(requested: str) -> tuple[_Result | None, str]:
     if not config.is_supported_platform():
         return None, str(jit.problem())
     no_cuda = "LSTM_EXT_BACKEND=aot asks for the wheel, which has none"
-    if requested == "auto" and _wheel() is not None:
-        result, no_cuda = _cuda_build_before_wheel()
+    wheel = _wheel()
+    if requested == "auto" and wheel is not None:
+        result, no_cuda = _cuda_build_before_wheel(wheel)
         if result is not None:
             return result, ""
     reason = _missing_in_wheel() or f"there is no {config.MODULE}"
@@ -257,8 +259,9 @@ def build(say: Callable[[str], None]) -> tuple[Status, bool]:
         ImportError: the library refuses to run here.
         ValueError: a variable of the environment has a value that means nothing.
     """
-    # The kernels for CUDA are not in a wheel, and its libraries cannot be loaded beside others.
-    if not (config.cuda_switch() and _wheel() is not None):
+    # A wheel's libraries cannot be loaded beside others, which have the CUDA kernels that it has not.
+    wheel = _wheel()
+    if not (config.cuda_switch() and wheel is not None and _cuda_of_wheel(wheel)[0] is None):
         try:
             result = _load_aot("")
         except _Refused:
@@ -377,14 +380,43 @@ def _load_aot(no_cuda_in_wheel: str) -> _Result | None:
     status = _status_of("aot", path, config.ops_library_of(path), record)
     if "wheel" in record:
         version = record["wheel"].get(config.minor(torch.__version__))
-        status = replace(status, torch_version=version, cuda_reason=no_cuda_in_wheel)
+        cuda, reason = _cuda_of_wheel(record)
+        if cuda is not None:
+            try:
+                torch.ops.load_library(str(cuda))
+            except OSError as error:
+                first_line = str(error.__cause__ or error).partition("\n")[0]
+                cuda, no_cuda_in_wheel = None, f"{cuda.name} does not load ({first_line})"
+        status = replace(
+            status,
+            torch_version=version,
+            cuda=None if cuda is None else record["cuda"],
+            cuda_reason=None if cuda is not None else no_cuda_in_wheel or reason,
+        )
     return _Result(module, status)
 
 
-def _cuda_build_before_wheel() -> tuple[_Result | None, str]:
-    """A build on request that has CUDA kernels, which a wheel has not; else why there is none."""
+def _cuda_of_wheel(record: dict) -> tuple[Path | None, str]:
+    """The library that registers a wheel's CUDA kernels for this torch; or None, and why."""
     reason = config.no_cuda_wanted(torch.version.cuda)
     if reason is not None:
+        return None, reason
+    built, minor = record.get("cuda") or "", config.minor(torch.__version__)
+    major, wheels_major = str(torch.version.cuda).split(".")[0], built.split(".")[0]
+    library = config.LIBRARIES / config.cuda_library(minor)
+    if major == wheels_major and library.is_file():
+        return library, ""
+    has = "none"
+    if built:
+        has = f"those of CUDA {wheels_major}" if major != wheels_major else f"none for torch {minor}"
+    how = f"with nvcc of CUDA {major} and a C++ compiler, `LSTM_EXT_CUDA=1 {BUILD}` builds them"
+    return None, f"the wheel has {has}; {how}"
+
+
+def _cuda_build_before_wheel(wheel: dict) -> tuple[_Result | None, str]:
+    """A build on request that has CUDA kernels, if the wheel has none; else why there is none."""
+    cuda, reason = _cuda_of_wheel(wheel)
+    if cuda is not None or config.no_cuda_wanted(torch.version.cuda) is not None:
         return None, reason
     try:
         for directory in jit.finished_with_cuda():
@@ -394,11 +426,7 @@ def _cuda_build_before_wheel() -> tuple[_Result | None, str]:
     except BuildError as error:
         _log.warning("lstm_ext: a build with CUDA kernels is not used: %s", error)
         return None, str(error)
-    major = str(torch.version.cuda).split(".")[0]
-    return (
-        None,
-        f"the wheel has none; with nvcc of CUDA {major} and a C++ compiler, `LSTM_EXT_CUDA=1 {BUILD}` builds them",
-    )
+    return None, reason
 
 
 def _status_of(backend: str, path: Path, ops_path: Path, record: dict) -> Status:

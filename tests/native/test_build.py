@@ -145,13 +145,17 @@ class Project:  # also used by test_build_cuda.py
         subprocess.run([command, *arguments], check=True, cwd=self.root)
         return (self.root / f"{name}.so").read_bytes()
 
-    def wheel(self, torch_minor: str) -> None:
-        """What a wheel has for one torch and this Python."""
+    def wheel(self, torch_minor: str, cuda: str | None = None) -> None:
+        """What a wheel has for one torch and this Python; with `cuda`, a library in place of the CUDA kernels."""
         native, ops = self.package / "native", config.ops_library(torch_minor)
         (native / ops).write_bytes(self.compiled("operators", config.ops_link_flags(ops)))
         module = self.compiled("python", config.module_link_flags("./operators.so"))
         (native / f"_C-{torch_minor}{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(module)
-        config.write_record(native, torch_minor, "g++", "0", wheel={torch_minor: f"{torch_minor}.9"})
+        versions = {torch_minor: f"{torch_minor}.9"}
+        config.write_record(native, torch_minor, "g++", "0", wheel=versions, cuda=cuda)
+        if cuda is not None:
+            (self.root / "csrc" / "nothing.cpp").touch()
+            (native / config.cuda_library(torch_minor)).write_bytes(self.compiled("nothing", []))
 
 
 @pytest.fixture
@@ -561,6 +565,38 @@ def test_a_build_with_cuda_comes_before_a_wheel(project: Project) -> None:
     assert "a build with CUDA kernels is not used: " in err
     assert "chmod go-w" in err
     shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "library", "expected"),
+    [
+        ("13.2", None, "13.0 for 9.0"),
+        (None, None, "this torch is a build without CUDA"),
+        (
+            "12.8",
+            None,
+            "the wheel has those of CUDA 13; with nvcc of CUDA 12 and a C++ compiler, `LSTM_EXT_CUDA=1",
+        ),
+        ("13.0", "", f"the wheel has none for torch {MINOR}; with nvcc"),
+        ("13.0", "no library", f"{config.cuda_library(MINOR)} does not load ("),
+    ],
+    ids=["fits", "no CUDA", "another CUDA", "another torch", "broken"],
+)
+def test_the_cuda_kernels_of_a_wheel(
+    project: Project, torch_cuda: str | None, library: str | None, expected: str
+) -> None:
+    """The kernels of the CPU are there in any case."""
+    project.wheel(MINOR, "13.0 for 9.0")
+    place = project.package / "native" / config.cuda_library(MINOR)
+    if library is not None:
+        place.write_text(library) if library else place.unlink()
+    code = f"import torch; torch.version.cuda = {torch_cuda!r}; {SHOW_CUDA}"
+    returncode, out, err = project.run("-c", code)
+    assert (returncode, err) == (0, "") and out.startswith(f"aot\n{expected}")
+    if expected == "13.0 for 9.0":
+        build = "import torch; torch.version.cuda = '13.0'; from lstm_ext import build; build.main()"
+        assert "CUDA kernels: 13.0 for 9.0" in project.run("-c", build, LSTM_EXT_CUDA="1")[1]
+        assert project.run("-c", code, LSTM_EXT_CUDA="0")[1] == "aot\nLSTM_EXT_CUDA=0 asks for none"
 
 
 def test_libraries_of_different_builds(tmp_path: Path) -> None:

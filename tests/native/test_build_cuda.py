@@ -84,7 +84,6 @@ def test_a_toolkit_that_fits(toolkit: Toolkit) -> None:
     text = f"13.0 for {ALL.replace(';', ' ')}"
     assert str(cuda) == text
     assert f'-DLSTM_EXT_CUDA_BUILD="{text}"' in config.compile_flags(cuda)
-    assert "-DLSTM_EXT_WITH_CUDA" in config.compile_flags(cuda)
     assert not [flag for flag in config.compile_flags(None) if "CUDA" in flag]
 
 
@@ -367,7 +366,7 @@ extern "C" cudaError_t tiny_launch(float* x) {
 TINY_GLUE = """
 #include <c10/cuda/CUDAFunctions.h>
 #include <ATen/cuda/CUDAContextLight.h>  // includes cusparse.h, cublas_v2.h and others
-#ifndef LSTM_EXT_WITH_CUDA
+#ifndef LSTM_EXT_CUDA_BUILD
 #error "compiled without CUDA"
 #endif
 extern "C" cudaError_t tiny_launch(float* x);
