@@ -214,7 +214,7 @@ def audit(case: Case, device: torch.device, seconds: float) -> list[Result]:
             cuda_choice._spent = 0.0  # as if it were the first class of a process, whose time is limited
             calls["ours"]()
             new = [choice for key, choice in cuda_choice.recorded(device).items() if key not in before]
-            chosen = [f"{f'{c.forward}, {c.backward}' if c.ours else 'torch'}: {c}" for c in new]
+            chosen = [f"{c.kernel if c.ours else 'torch'}: {c}" for c in new]
             ways = {"auto": calls["ours"], "torch": calls["torch"]}
             ways |= {kernel: forcing(kernel, calls["ours"]) for kernel in kernels_for(case, device)}
             found = harness.interleave(ways, seconds, LEAST, MOST, end=sides.wait)
