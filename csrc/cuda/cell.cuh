@@ -306,7 +306,7 @@ struct Loaded {
     }
   }
 };
-// What the values of a plain cell are made of: nothing waits for the loads.
+// A plain cell as it lies in memory, of which its values are made. Nothing waits for the loads.
 template <typename T>
 struct LoadedCell {
   Loaded<T> z[4], output;

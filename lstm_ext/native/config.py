@@ -395,7 +395,7 @@ def check_headers() -> None:
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 OLDEST_CAPABILITY = tuple(map(int, ARCHITECTURES[0].split(".")))
 USUAL_TOOLKITS = Path("/usr/local")
-OLDEST_NVCC = (12, 4)  # of which kernels ask for a number of registers
+OLDEST_NVCC = (12, 4)  # older ones do not know the number of registers that a kernel asks for
 # stepwise: a product and a small kernel for each step. step: one kernel for each. persistent: one for all steps of a
 # chunk, whose blocks keep the recurrent weights.
 CUDA_KERNELS = ("stepwise", "step", "persistent")
