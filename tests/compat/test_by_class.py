@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from sides import assert_same, check_accuracy, check_state_dicts, converted, with_gradients
+from before_after import assert_same, check_accuracy, check_state_dicts, converted, with_gradients
 from torch import Tensor, nn
 
 import lstm_ext

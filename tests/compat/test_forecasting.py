@@ -7,7 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sides import TRAINED, assert_same, check_accuracy, check_state_dicts, converted, either, with_gradients
+from before_after import (
+    TRAINED,
+    assert_same,
+    check_accuracy,
+    check_state_dicts,
+    converted,
+    either,
+    with_gradients,
+)
 from torch import Tensor, nn
 
 import lstm_ext

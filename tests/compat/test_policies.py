@@ -7,7 +7,7 @@ import copy
 import numpy
 import pytest
 import torch
-from sides import TRAINED, assert_same, check_accuracy, check_state_dicts, converted, with_gradients
+from before_after import TRAINED, assert_same, check_accuracy, check_state_dicts, converted, with_gradients
 from torch import Tensor, nn
 
 import lstm_ext

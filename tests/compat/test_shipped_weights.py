@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sides import check_accuracy, check_state_dicts, converted, with_gradients
+from before_after import check_accuracy, check_state_dicts, converted, with_gradients
 from torch import Tensor, nn
 
 import lstm_ext

@@ -162,7 +162,8 @@ CHUNK_CASES = {name: case for name, case in STEP_CASES.items() if max(case.packe
 # Of dependent launches: rows of the weights begin at multiples of 16 bytes, and so are read as they are.
 DEPENDENT_CASES = {
     "dependent": Case(steps=4, batch=3, hidden_size=24, input_size=8, bidirectional=True),
-    "dependent, one step": Case(steps=1, batch=3, hidden_size=24, input_size=8, bidirectional=True),
+    # Of rows that are copied, which the first launch may not read early: it is no dependent one.
+    "dependent, one step": Case(steps=1, batch=3, hidden_size=20, input_size=5, bidirectional=True),
     "dependent, packed, resets": Case(
         packed=(4, 4, 2), hidden_size=40, input_size=8, resets="to a state", bidirectional=True
     ),
