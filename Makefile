@@ -254,7 +254,8 @@ $(CUDA_INSTALLED): $(CSRC) $(shell find lstm_ext -name "*.py" -o -name "*.pyi") 
 	@mkdir -p build/cuda
 	@rm -rf build/lib build/lib.*
 	@echo "building and installing the extension with CUDA; the output is in build/cuda/log.txt"
-	@TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-8.0} LSTM_EXT_CUDA=1 $(CUDA_PY) -m pip install -v --no-build-isolation --no-deps --force-reinstall . \
+	@TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-8.0} LSTM_EXT_CUDA=1 $(CUDA_PY) -m pip install -v \
+	  --no-build-isolation --no-deps --force-reinstall . \
 	  > build/cuda/log.txt 2>&1 || { cat build/cuda/log.txt; exit 1; }
 	@touch $@
 

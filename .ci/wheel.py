@@ -113,7 +113,7 @@ def machine_of(name: str) -> Machine:
 def torch_of(minor: str, machine: Machine) -> Torch:
     """The headers of the newest torch of a minor version, downloaded once."""
     folder = machine.work / f"torch-{minor}"
-    if not (folder / "version").is_file():
+    if not ((folder / "version").is_file() and (folder / "torch/version.py").is_file()):
         print(f"fetching the headers of torch {minor}", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=machine.work) as download:
@@ -474,6 +474,8 @@ def main() -> int:
         sys.exit("error: the wheel is for Linux on x86-64 and aarch64, and is built there.")
     if options.check and options.machine != config.machine():
         sys.exit("error: a wheel is checked on its own machine, or under an emulator by .ci/aarch64.py.")
+    if options.cuda and options.machine != config.machine():
+        sys.exit("error: --cuda: nvcc compiles for this machine only.")
     machine = machine_of(options.machine)
     work = machine.work
     os.environ["PATH"] = config.search_path()
