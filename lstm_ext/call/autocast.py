@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layer.tracing import is_zero
+from ..layer.tracing import is_exporting, is_zero
 from ..native.integrations import constant_for_dynamo
 from .arguments import Requested
 
@@ -95,7 +95,7 @@ def _onednn_takes(x: Tensor) -> bool:
 def _onednn_has(dtype: torch.dtype, needs_grad: bool) -> bool:
     """The conditions of at::native::use_mkldnn (aten/src/ATen/native/RNN.cpp)."""
     # torch.export turns oneDNN off while it traces; the exported program runs where oneDNN is on.
-    if not _HAS_ONEDNN or not (torch._C._get_mkldnn_enabled() or torch.compiler.is_exporting()):
+    if not _HAS_ONEDNN or not (torch._C._get_mkldnn_enabled() or is_exporting()):
         return False
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()

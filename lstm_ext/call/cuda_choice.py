@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layer import cuda_kernels, route
-from ..layer.tracing import KERNEL_DTYPES, in_a_thread, is_plain_eager
+from ..layer.tracing import KERNEL_DTYPES, in_a_thread, is_exporting, is_plain_eager
 from ..native import config, loader, selftest_record
 from ..native.integrations import constant_for_dynamo
 from .arguments import Stack
@@ -147,7 +147,7 @@ def _setting() -> str | None:
 
     A change of the mode makes dynamo compile anew.
     """
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return None
     if config.requested_cuda_kernel() == "torch":
         return "LSTM_EXT_CUDA_KERNEL=torch"
@@ -230,7 +230,7 @@ def _decided(
     def measured() -> Choice | bool | None:
         device, features = x.device, x.size(-1)
         if torch.compiler.is_compiling():
-            return torch.compiler.is_exporting() or _ours_in_graph(device.index, layer[0], *layer[3:])
+            return is_exporting() or _ours_in_graph(device.index, layer[0], *layer[3:])
         batch, steps = batch_and_steps()
         shape = class_of(*layer, batch=batch, steps=steps)
 

@@ -43,6 +43,7 @@ from .tracing import (
     dispatch_modes,
     innermost_transform,
     is_active,
+    is_exporting,
     is_exporting_to_onnx,
     is_plain_eager,
     refuse_shards,
@@ -420,7 +421,7 @@ def _active_transforms() -> str:
         return "none"
     if not transforms.are_supported():
         return "others"
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return "others"  # torch.export accepts no Function with a rule for vmap
     # Dynamo cannot trace a Function with a rule for vmap; the stages after dynamo can.
     torch.compiler.allow_in_graph(transforms.flat_lstm_layer)

@@ -93,8 +93,14 @@ def is_zero(size: int) -> bool:
 
 
 @constant_for_dynamo
+def is_exporting() -> bool:
+    """torch.compiler.is_exporting(), for which dynamo of torch 2.11 writes True into each compiled program."""
+    return torch.compiler.is_exporting()  # noqa: TID251
+
+
+@constant_for_dynamo
 def is_exporting_to_onnx() -> bool:
-    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    return is_exporting() and torch.onnx.is_in_onnx_export()
 
 
 def leaf_of_graph(

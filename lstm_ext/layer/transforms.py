@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import equations
 from .layer_call import LayerCall, LayerOptions, LayerResults, Signature
-from .tracing import LEGACY_VMAP, is_active
+from .tracing import LEGACY_VMAP, is_active, is_exporting
 
 # Types of tensors that the operators accept: those with numbers, and those of their fake kernels.
 OPERATOR_TYPES = frozenset((Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor))
@@ -451,7 +451,7 @@ class _LayerGradients(_Batched):
 
 def recomputed(function: Callable[..., _Tensors], tensors: Sequence[Tensor | None]) -> _Tensors:
     """``function(*tensors)``, which saves only ``tensors`` for its backward pass."""
-    if torch.compiler.is_exporting() or not torch.is_grad_enabled():
+    if is_exporting() or not torch.is_grad_enabled():
         return function(*tensors)
     if torch.compiler.is_compiling():
         # The compilers support this one, and it saves the same. All random masks are among the arguments.

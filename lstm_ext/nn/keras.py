@@ -20,6 +20,7 @@ from torch import Tensor
 from ..call import run
 from ..layer import route
 from ..layer.activations import Activation
+from ..layer.tracing import is_exporting
 from ..native import integrations
 from .from_frameworks import KERAS, KERAS_ASKED, keras_activation
 from .torch_layers import Replacement, lock
@@ -206,7 +207,7 @@ def _loop(keras: Any, place: Any) -> Any:
             return "recurrent_dropout in training"
         if training and cell.dropout and (cell.dropout >= 1 or getattr(cell, "dropout_mask_count", None)):
             return "dropout with a mask for each gate"
-        if torch._C._is_tracing() or torch.compiler.is_exporting():
+        if torch._C._is_tracing() or is_exporting():
             return "an export"
         weights = cell.kernel.shape[1] * sum(cell.kernel.shape[:1] + cell.recurrent_kernel.shape[:1])
         if x.size(1) < 3 + weights // cells[type(cell)].transposed:
