@@ -31,11 +31,12 @@ def compilations() -> Iterator[nvcc.Compilations]:
     running.close()
 
 
-# The most registers of a thread, by the first pattern that the kernel's name is like.
+# The most registers of a thread, by the first pattern that the kernel's name is like. From 129 on a multiprocessor has
+# room for one block of 256 threads, however many there are.
 REGISTERS = {
     "cell_*<double*": 128,
     "cell_*": 96,
-    "norm_cell_*<double*": 192,
+    "norm_cell_*<double*": 208,
     "norm_cell_*": 168,
     "output_*": 80,
     "previous_outputs_*": 40,
