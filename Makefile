@@ -163,11 +163,12 @@ gpu-bench:
 	$(PYTHON) benchmarks/gpu_check.py speed $(ARGS)
 
 # That the CUDA part compiles and is complete, and that such a build works on a machine without a GPU. The extension is
-# installed, not built in place, where that of VENV is: for one architecture, since the wheel that comes last is for all.
-# Needs nvcc, and 5 GB for the environment.
+# installed, not built in place, where that of VENV is. For one architecture, as is the wheel that comes last: tests/simt
+# compiles the kernels for all of them. Needs nvcc, and 5 GB for the environment.
 # Left out: the CPU kernels and their library, which the same compiler makes of the same sources, what is not in the
 # package, and what takes long.
 CUDA_LEFT_OUT := simt fuzz tools cpu native_library
+FEW_ARCHITECTURES := TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-8.0}
 cuda-build: $(CUDA_INSTALLED)
 	@mkdir -p build/cuda
 	cd build/cuda && LSTM_EXT_BACKEND=aot $(CUDA_PY) -m lstm_ext.info
@@ -175,7 +176,7 @@ cuda-build: $(CUDA_INSTALLED)
 	  cuda = l.extension().build_info()["cuda"]; assert cuda and cuda == l.status().cuda, l.status()'
 	cd build/cuda && $(CUDA_PY) -m pytest $(PYTEST_OPTIONS) -c ../../pyproject.toml ../../tests \
 	  $(CUDA_LEFT_OUT:%=--ignore=../../tests/%) $(ARGS)
-	$(CUDA_PY) .ci/wheel.py --here --cuda
+	$(FEW_ARCHITECTURES) $(CUDA_PY) .ci/wheel.py --here --cuda
 	$(CUDA_PY) .ci/wheel.py --here --check
 
 # The tests of threads, and those of the layers that need few packages, under a Python without the GIL. The extension is
@@ -254,7 +255,7 @@ $(CUDA_INSTALLED): $(CSRC) $(shell find lstm_ext -name "*.py" -o -name "*.pyi") 
 	@mkdir -p build/cuda
 	@rm -rf build/lib build/lib.*
 	@echo "building and installing the extension with CUDA; the output is in build/cuda/log.txt"
-	@TORCH_CUDA_ARCH_LIST=$${TORCH_CUDA_ARCH_LIST:-8.0} LSTM_EXT_CUDA=1 $(CUDA_PY) -m pip install -v \
+	@$(FEW_ARCHITECTURES) LSTM_EXT_CUDA=1 $(CUDA_PY) -m pip install -v \
 	  --no-build-isolation --no-deps --force-reinstall . \
 	  > build/cuda/log.txt 2>&1 || { cat build/cuda/log.txt; exit 1; }
 	@touch $@
