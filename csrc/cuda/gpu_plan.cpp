@@ -51,10 +51,10 @@ Plan::Persistent persistent_of(const LayerFacts& layer, const DeviceFacts& devic
   Plan::Persistent result;
   const int number = operand_bytes(layer);
   const int64_t length = persistent_length(layer, number), tiles = ceil_div(layer.batch, kPersistentRows);
-  const PersistentShape shape = persistent_shape(layer.backward, number);
+  const PersistentShape shape = persistent_shape(layer.backward, number, 1);
   const int64_t missing = std::max<int64_t>(length - shape.depth(number), 0);
   result.extra = static_cast<int>(ceil_div(missing * number, int64_t{4} * kPersistentParts * kPieceBytes));
-  result.shared_bytes = persistent_shared(layer.backward, number, result.extra);
+  result.shared_bytes = persistent_shared(layer.backward, number, 1, result.extra);
   constexpr int64_t kMost = int64_t{1} << 30;
   if (layer.steps < 2) {
     result.problem = "the sequence has one step";
@@ -68,6 +68,12 @@ Plan::Persistent persistent_of(const LayerFacts& layer, const DeviceFacts& devic
     const int64_t of_group = ceil_div(layer.hidden_size, shape.units) * layer.directions;
     const int64_t room = std::min<int64_t>(device.multiprocessors, most_blocks.value_or(device.multiprocessors));
     result.groups = static_cast<int>(std::min(tiles, room / of_group));
+    // Half of the turns, where the weights of a thread take half of its registers.
+    if (tiles > result.groups && length <= persistent_shape(layer.backward, number, 2).depth(number)) {
+      result.row_tiles = 2;
+      result.groups = static_cast<int>(std::min(ceil_div(tiles, 2), room / of_group));
+      result.shared_bytes = persistent_shared(layer.backward, number, 2, 0);
+    }
     result.blocks = of_group * result.groups;
     if (result.groups == 0) result.problem = "its blocks do not all find a multiprocessor at once";
   }

@@ -37,18 +37,20 @@ struct PersistentShape {
   int64_t extra_bytes;  // shared memory for one more piece of each thread
   int64_t depth(int size) const { return int64_t{kPersistentParts} * 4 * pieces * (kPieceBytes / size); }
 };
-// By the pass and the size of an operand's number. A thread has 128 registers of weights in all of them.
-constexpr PersistentShape persistent_shape(bool backward, int size) {
+// By the pass, the size of an operand's number, and the tiles of batch rows that a turn has: 1, with 128 registers of
+// weights in a thread, or 2, with 64.
+constexpr PersistentShape persistent_shape(bool backward, int size, int row_tiles) {
   const int tiles = backward ? 1 : size == 4 ? 2 : 4;
   // Forward, a unit has four rows of weights, and backward one, which is four times as long.
   const int units = tiles * (backward ? 16 : 4);
-  return {tiles, 16 / tiles, units, int64_t{kPersistentThreads} * tiles * 2 * kPieceBytes};
+  return {tiles, 16 / tiles / row_tiles, units, int64_t{kPersistentThreads} * tiles * 2 * kPieceBytes};
 }
 
 // Dynamic shared memory, in bytes: extra pieces of weights, and the partial sums of two turns.
-inline int64_t persistent_shared(bool backward, int size, int extra) {
-  const PersistentShape shape = persistent_shape(backward, size);
-  const int64_t sums = kPersistentParts * kPersistentRows * (backward ? shape.units + 4 : 4 * (shape.units + 1)) * 4;
+inline int64_t persistent_shared(bool backward, int size, int row_tiles, int extra) {
+  const PersistentShape shape = persistent_shape(backward, size, row_tiles);
+  const int64_t rows = row_tiles * kPersistentRows;
+  const int64_t sums = kPersistentParts * rows * (backward ? shape.units + 4 : 4 * (shape.units + 1)) * 4;
   return extra * shape.extra_bytes + 2 * sums;
 }
 
@@ -123,6 +125,7 @@ struct Plan {
   // The same for the persistent kernel.
   struct Persistent {
     int groups = 0;                        // groups of blocks that have all units of a direction
+    int row_tiles = 1;                     // tiles of rows that a group has in a turn
     int extra = 0;                         // pieces of weights of a thread in shared memory
     int64_t blocks = 0, shared_bytes = 0;  // blocks of all directions; bytes of one block
     std::string_view problem;              // why it cannot run; then the rest says nothing

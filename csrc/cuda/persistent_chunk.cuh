@@ -96,16 +96,18 @@ LSTM_DEVICE bool is_whole(const uint4& piece) {
 // Both halves are a NaN in 16 bits, and all of it is one in 32.
 LSTM_DEVICE uint32_t without_sentinel(uint32_t word) { return word == kSentinel ? 0x7fff7fffu : word; }
 
-// Pieces that this thread waits for. They begin at `row` (null: zeros, and no wait), `stride` bytes apart; `count` of
-// them are there, and the others are zeros.
-template <int kPieces>
+// Pieces of some rows that this thread waits for, kPieces of each. They begin where rows[r] says (null: zeros, and no
+// wait), `stride` bytes apart; `count` of a row are there, and the others are zeros.
+template <int kRows, int kPieces>
 class AwaitedPieces {
  public:
-  LSTM_DEVICE AwaitedPieces(const unsigned char* row, int stride, int count LSTM_SITE_PARAMETERS)
-      : row_(row), stride_(stride) {
+  LSTM_DEVICE AwaitedPieces(const unsigned char* const (&rows)[kRows], int stride, int count LSTM_SITE_PARAMETERS)
+      : stride_(stride) {
 #pragma unroll
-    for (int q = 0; q < kPieces; ++q) {
-      const uint32_t word = row && q < count ? kSentinel : 0;
+    for (int r = 0; r < kRows; ++r) rows_[r] = rows[r];
+#pragma unroll
+    for (int q = 0; q < kRows * kPieces; ++q) {
+      const uint32_t word = rows_[q / kPieces] && q % kPieces < count ? kSentinel : 0;
       pieces_[q] = make_uint4(word, word, word, word);
     }
     read_missing<0>(LSTM_SITE_ONLY);
@@ -143,14 +145,14 @@ class AwaitedPieces {
   template <int kFirst>
   LSTM_DEVICE void read_missing(LSTM_SITE_ONLY_PARAMETERS) {
 #pragma unroll
-    for (int q = kFirst; q < kPieces; ++q) {
-      if (!is_whole(pieces_[q])) pieces_[q] = load_relaxed_16(row_ + q * stride_ LSTM_SITE);
+    for (int q = kFirst; q < kRows * kPieces; ++q) {
+      if (!is_whole(pieces_[q])) pieces_[q] = load_relaxed_16(rows_[q / kPieces] + q % kPieces * stride_ LSTM_SITE);
     }
   }
 
-  const unsigned char* const row_;
+  const unsigned char* rows_[kRows];
   const int stride_;
-  uint4 pieces_[kPieces];
+  uint4 pieces_[kRows * kPieces];
 };
 
 // The same number, of which the compiler does not know that.
@@ -163,17 +165,17 @@ LSTM_DEVICE int computed_anew(int value) {
 
 // ---- the loop
 
-template <typename Pass>
+template <typename Pass, int kRowTiles>
 class PersistentChunk {
  public:
   using D = typename Pass::Operand;
-  static constexpr PersistentShape kShape = persistent_shape(Pass::kBackward, sizeof(D));
+  static constexpr PersistentShape kShape = persistent_shape(Pass::kBackward, sizeof(D), kRowTiles);
   static constexpr int kParts = kPersistentParts, kTiles = kShape.tiles, kPieces = kShape.pieces;
-  static constexpr int kUnits = kShape.units;
+  static constexpr int kUnits = kShape.units, kRows = kRowTiles * kPersistentRows;
   static constexpr int kNumbers = kPieceNumbers<D>;
   // Cells whose sums a thread has in the fragments of the instruction; then a thread finishes one cell or none.
   static constexpr int kFragmentCells = Pass::kSums == 4 ? kTiles : 4 * kTiles;
-  static constexpr int kCellThreads = kUnits * kPersistentRows;
+  static constexpr int kCellThreads = kUnits * kRows;
   // Partial sums. The pitch keeps rows in different banks.
   struct alignas(4 * Pass::kSums) Sums {
     float of[Pass::kSums];
@@ -186,13 +188,13 @@ class PersistentChunk {
     }
   };
   static constexpr int kPitch = kUnits + (Pass::kSums == 4 ? 1 : 4);
-  static constexpr int kPartials = kParts * kPersistentRows * kPitch;  // partial sums of a turn
+  static constexpr int kPartials = kParts * kRows * kPitch;  // partial sums of a turn
   static_assert(kCellThreads <= kPersistentThreads);
 
   // Dynamic shared memory; that of pieces without registers comes first.
   static size_t shared_bytes(int extra) {
-    static_assert(kPartials * sizeof(Sums) == kParts * kPersistentRows * kPitch * 4 * Pass::kSums);
-    return static_cast<size_t>(persistent_shared(Pass::kBackward, sizeof(D), extra));
+    static_assert(kPartials * sizeof(Sums) == kParts * kRows * kPitch * 4 * Pass::kSums);
+    return static_cast<size_t>(persistent_shared(Pass::kBackward, sizeof(D), kRowTiles, extra));
   }
 
   LSTM_DEVICE PersistentChunk(const PersistentSides<typename Pass::Arguments>& all, unsigned char* shared,
@@ -205,7 +207,7 @@ class PersistentChunk {
         group_(threadIdx.x % 32 / 4),
         member_(threadIdx.x % 4),
         blocks_of_group_(gridDim.x / all.groups),
-        group_row_(static_cast<int>(blockIdx.x / blocks_of_group_) * kPersistentRows),
+        group_row_(static_cast<int>(blockIdx.x / blocks_of_group_) * kRows),
         first_unit_(static_cast<int>(blockIdx.x % blocks_of_group_) * kUnits),
         pieces_of_row_(static_cast<int>(pass_.args.mailbox.length / kNumbers)) {}
 
@@ -228,7 +230,7 @@ class PersistentChunk {
 
  private:
   struct Unit {
-    int unit, row;  // index in the block, index in the tile
+    int unit, row;  // index in the block, index in the turn
   };
   // The cell whose sums are number i of this thread's fragments.
   LSTM_DEVICE Unit fragment_cell(int i) const {
@@ -250,7 +252,7 @@ class PersistentChunk {
   LSTM_DEVICE static Unit cell() {
     constexpr int kRowsOfWarp = 32 / kUnits;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-    return {lane % kUnits, thread / 32 + lane / kUnits * (kPersistentRows / kRowsOfWarp)};
+    return {lane % kUnits, thread / 32 + lane / kUnits * (kRows / kRowsOfWarp)};
   }
 
   // A piece of this thread's rows of tile m; `half` 1: of the row eight further down.
@@ -302,51 +304,63 @@ class PersistentChunk {
            int64_t{left_at + b} * static_cast<int>(box.length * sizeof(D)) + piece_of(0) * kPieceBytes;
   }
 
-  // One look at the mailbox brings all pieces; this many of them are multiplied as soon as they are there.
-  static constexpr int kGroup = kPieces < 8 ? kPieces : 8;
+  // One look at the mailbox brings all pieces of the turn's rows, tile after tile; this many are multiplied as soon as
+  // they are there.
+  static constexpr int kTurnPieces = kRowTiles * kPieces, kGroup = kTurnPieces < 8 ? kTurnPieces : 8;
+  static_assert(kRowTiles == 1 || kGroup == kTurnPieces || kGroup == kPieces);
   // Sums of a tile. One chain of instructions that depend on each other is twice as long as two.
   static constexpr int kChains = kTiles == 1 ? 2 : 1;
   using Chains = float[kChains][kTiles][4];
+  using Rows = const unsigned char* [kRowTiles];
+  using Pieces = AwaitedPieces<kRowTiles, kPieces>;
 
-  // The product of the tile. False: its operand did not come. Calls `meanwhile` when the mailbox was looked at first.
+  // The products of the turn, of this thread's row in each tile. False: their operand did not come. Calls `meanwhile`
+  // when the mailbox was looked at first.
   template <typename Meanwhile>
-  LSTM_DEVICE bool multiply(float (&sums)[kTiles][4], const unsigned char* row, Meanwhile&& meanwhile) const {
+  LSTM_DEVICE bool multiply(float (&sums)[kRowTiles][kTiles][4], const Rows& rows, Meanwhile&& meanwhile) const {
     constexpr int kStride = kParts * 4 * kPieceBytes;
     const int count = (pieces_of_row_ - piece_of(0) + 4 * kParts - 1) / (4 * kParts);  // pieces of this thread
-    Chains chains = {};
-    AwaitedPieces<kPieces> pieces(row, kStride, count);
+    Chains chains[kRowTiles] = {};
+    Pieces pieces(rows, kStride, count);
     meanwhile();
     if (!multiply_groups<0>(chains, pieces)) return false;
+    if constexpr (kRowTiles == 1) {
 #pragma unroll 1
-    for (int e = 0; e < all_.extra; ++e) {
-      const int q = kPieces + e;
-      if (!is_there(q)) break;
-      AwaitedPieces<1> piece(row ? row + q * kStride : nullptr, kStride, count - q);
-      if (!piece.template wait<0, 1>(all_.control, blocks())) return false;
-      uint32_t weights[kTiles][2][4];
+      for (int e = 0; e < all_.extra; ++e) {
+        const int q = kPieces + e;
+        if (!is_there(q)) break;
+        const unsigned char* const row[1] = {rows[0] ? rows[0] + q * kStride : nullptr};
+        AwaitedPieces<1, 1> piece(row, kStride, count - q);
+        if (!piece.template wait<0, 1>(all_.control, blocks())) return false;
+        uint32_t weights[kTiles][2][4];
 #pragma unroll
-      for (int m = 0; m < kTiles; ++m) {
-        in_fragments(weights[m][0], weights[m][1], *extra_weights(e, m, 0), *extra_weights(e, m, 1));
+        for (int m = 0; m < kTiles; ++m) {
+          in_fragments(weights[m][0], weights[m][1], *extra_weights(e, m, 0), *extra_weights(e, m, 1));
+        }
+        multiply_piece(chains[0], piece[0], weights);
       }
-      multiply_piece(chains, piece[0], weights);
     }
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
+    for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        sums[m][i] = kChains == 2 ? chains[0][m][i] + chains[kChains - 1][m][i] : chains[0][m][i];
+      for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          sums[r][m][i] = kChains == 2 ? chains[r][0][m][i] + chains[r][kChains - 1][m][i] : chains[r][0][m][i];
+      }
     }
     return true;
   }
   // From piece kFirst on, group by group.
   template <int kFirst>
-  LSTM_DEVICE bool multiply_groups(Chains& chains, AwaitedPieces<kPieces>& pieces) const {
-    if constexpr (kFirst < kPieces) {
-      if (!is_there(kFirst)) return true;
-      if (!pieces.template wait<kFirst, kFirst + kGroup>(all_.control, blocks())) return false;
+  LSTM_DEVICE bool multiply_groups(Chains (&chains)[kRowTiles], Pieces& pieces) const {
+    if constexpr (kFirst < kTurnPieces) {
+      if (kGroup > kPieces || is_there(kFirst % kPieces)) {
+        if (!pieces.template wait<kFirst, kFirst + kGroup>(all_.control, blocks())) return false;
 #pragma unroll
-      for (int q = kFirst; q < kFirst + kGroup; ++q) {
-        if (is_there(q)) multiply_piece(chains, pieces[q], weights_[q]);
+        for (int q = kFirst; q < kFirst + kGroup; ++q) {
+          if (is_there(q % kPieces)) multiply_piece(chains[q / kPieces], pieces[q], weights_[q % kPieces]);
+        }
       }
       return multiply_groups<kFirst + kGroup>(chains, pieces);
     }
@@ -366,7 +380,7 @@ class PersistentChunk {
 
   LSTM_DEVICE Sums* partial(int turn, int part, const Unit& at) const {
     Sums* of_turn = reinterpret_cast<Sums*>(shared_ + all_.extra * kShape.extra_bytes) + turn % 2 * kPartials;
-    return of_turn + (part * kPersistentRows + at.row) * kPitch + at.unit;
+    return of_turn + (part * kRows + at.row) * kPitch + at.unit;
   }
 
   // Number i of the chunk's steps in the order of the pass.
@@ -378,7 +392,7 @@ class PersistentChunk {
   // All tiles of this block. False: somebody gave up.
   LSTM_DEVICE bool run_step(int i, int& turn, int& left_at) {
     StepPlace place = place_of(pass_.args.steps, step_of(i));
-    const int stride = all_.groups * kPersistentRows;
+    const int stride = all_.groups * kRows;
     const bool has_cell = static_cast<int>(threadIdx.x) < kCellThreads;
     for (int first_row = group_row_; first_row < place.rows; first_row += stride, ++turn) {
       // Reads that happen before the operand arrives cost no time, if the first look at the mailbox does not wait for
@@ -388,11 +402,20 @@ class PersistentChunk {
       const auto meanwhile = [&] {
         if (has_cell) pass_.complete_cell(begun, unit_, first_row + cell().row, first_unit_ + cell().unit);
       };
-      float sums[kTiles][4] = {};
-      const bool came = multiply(sums, row_left(i, left_at, first_row + group_, Pass::rows_left(place)), meanwhile);
-      if (!came) atomicExch(&late_[turn % 2], 1u);
+      float sums[kRowTiles][kTiles][4] = {};
+      Rows rows;
 #pragma unroll
-      for (int k = 0; k < kFragmentCells; ++k) sums_of_fragment(sums, k).store(partial(turn, warp_, fragment_cell(k)));
+      for (int r = 0; r < kRowTiles; ++r) {
+        rows[r] = row_left(i, left_at, first_row + r * kPersistentRows + group_, Pass::rows_left(place));
+      }
+      if (!multiply(sums, rows, meanwhile)) atomicExch(&late_[turn % 2], 1u);
+#pragma unroll
+      for (int k = 0; k < kRowTiles * kFragmentCells; ++k) {
+        const int tile = k / kFragmentCells;
+        Unit at = fragment_cell(k % kFragmentCells);
+        at.row += tile * kPersistentRows;
+        sums_of_fragment(sums[tile], k % kFragmentCells).store(partial(turn, warp_, at));
+      }
       __syncthreads();  // the sums are there, and nobody reads those of the turn before
       if (late_[turn % 2] != 0) return false;
       if (!has_cell) continue;
@@ -517,17 +540,17 @@ class PersistentChunk {
 };
 
 // The kernel of a pass, and its launch.
-template <typename Pass>
+template <typename Pass, int kRowTiles>
 LSTM_KERNEL LSTM_MAX_REGISTERS(Pass::kBackward ? 248 : 240)
     persistent_kernel(LSTM_GRID_CONSTANT PersistentSides<typename Pass::Arguments> all) {
   LSTM_DYNAMIC_SHARED(unsigned char, shared);
   LSTM_SHARED(uint32_t, late, 2);
-  PersistentChunk<Pass>(all, shared, late).run();
+  PersistentChunk<Pass, kRowTiles>(all, shared, late).run();
 }
 
-template <typename Pass>
+template <typename Pass, int kRowTiles>
 cudaError_t start_persistent(const PersistentSides<typename Pass::Arguments>& all, cudaStream_t stream) {
-  using Chunk = PersistentChunk<Pass>;
+  using Chunk = PersistentChunk<Pass, kRowTiles>;
   const auto& first = all.sides[0];
   const int64_t H = first.cell.hidden_size;
   LaunchConfig config;
@@ -537,7 +560,7 @@ cudaError_t start_persistent(const PersistentSides<typename Pass::Arguments>& al
   config.dynamic_shared = Chunk::shared_bytes(all.extra);
   config.stream = stream;
   config.cooperative = true;
-  return launch(persistent_kernel<Pass>, config, all);
+  return launch(persistent_kernel<Pass, kRowTiles>, config, all);
 }
 
 }  // namespace lstm_ext::cuda

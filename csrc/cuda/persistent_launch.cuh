@@ -6,6 +6,11 @@
 
 namespace lstm_ext::cuda {
 
+template <typename Pass>
+cudaError_t start_persistent(const PersistentSides<typename Pass::Arguments>& args, cudaStream_t stream) {
+  return args.row_tiles == 1 ? start_persistent<Pass, 1>(args, stream) : start_persistent<Pass, 2>(args, stream);
+}
+
 template <template <typename, bool> class Pass, typename T, typename Arguments>
 cudaError_t start_persistent(const PersistentSides<Arguments>& args, cudaStream_t stream) {
   const bool options = args.sides[0].cell.rows.options;

@@ -74,6 +74,7 @@ class PersistentLaunches {
     memory_ = at::empty({bytes}, options_).fill_(0xff);  // which marks empty mailboxes
     cuda::PersistentSides<Pass> launch{};
     launch.groups = plan_.groups;
+    launch.row_tiles = plan_.row_tiles;
     launch.extra = plan_.extra;
     launch.control = {row_pointer<uint32_t>(memory_), row_pointer<const uint32_t>(before_), device_.status,
                       device_.wait_limit};

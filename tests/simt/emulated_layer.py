@@ -150,7 +150,20 @@ STEP_CASES = {
         steps=4, batch=5, hidden_size=19, bidirectional=True, mask=True, resets="to a state", zoneout="shares"
     ),
 }
-BIG = ("several tiles of everything", "many rows, packed", "a long state")
+# Of a persistent kernel whose blocks have several turns in a step: of two tiles of rows, of one. Also a card with so
+# many multiprocessors.
+TURN_CASES = {
+    "turns": (Case(steps=4, batch=60, hidden_size=24), 6),
+    "turns, packed": (
+        Case(
+            packed=(3,) * 20 + (2,) * 9 + (1,) * 9, hidden_size=20, bidirectional=True, mask=True,
+            zoneout="flags", resets="to a state",
+        ),
+        6,
+    ),
+    "turns of one tile": (Case(steps=2, batch=17, hidden_size=520, input_size=8), 33),
+}  # fmt: skip
+BIG = ("several tiles of everything", "many rows, packed", "a long state", *TURN_CASES)
 
 
 # Of the kernel that does all steps of a chunk. Its tiles have 8 rows and 8 or 16 units, and its pieces 8 or 4 numbers.
@@ -192,8 +205,18 @@ CASES_OF = {
     "persistent": NAN_CASES | CHUNK_CASES,
     "dependent": DEPENDENT_CASES,
     "large": LARGE_CASES,
+    "turns": {name: case for name, (case, _) in TURN_CASES.items()},
     LOST: LOST_CASES,
 }
+
+
+def device_of(kernel: str, name: str) -> dict[str, Any]:
+    """The arguments of `emulated` for a case of CASES_OF."""
+    if kernel == "dependent":
+        return {"kernel": "step", "dependent": True}
+    if kernel == "turns":
+        return {"kernel": "persistent", "multiprocessors": TURN_CASES[name][1]}
+    return {"kernel": "persistent" if kernel == "large" else kernel}
 
 
 def layer_of(kernel: str, name: str, dtype: torch.dtype) -> Layer:
@@ -314,11 +337,7 @@ def run_job(
                 dtype = TYPES[type]
                 if kernel != "stepwise" and dtype == torch.float64:
                     continue
-                key, device = f"{kernel}, {name}, {type}", {"kernel": kernel, "tf32": type == "f32"}
-                if kernel == "dependent":
-                    device |= {"kernel": "step", "dependent": True}
-                if kernel == "large":
-                    device["kernel"] = "persistent"
+                key, device = f"{kernel}, {name}, {type}", {**device_of(kernel, name), "tf32": type == "f32"}
                 try:
                     if kernel == LOST:
                         wrong = with_a_lost_piece(LOST_CASES[name], dtype, name.startswith("backward"))

@@ -106,30 +106,24 @@ struct Device {
   bool tf32 = false;
   int64_t chunk_bytes = int64_t{1} << 25;
   std::string kernel = "stepwise";
-  bool dependent = false;  // of a capability that has dependent launches
   int64_t wait_limit = 0;
 } device;
 uint32_t status = 0;
 
-lstm_ext::cuda::DeviceFacts facts_of(int capability) {
+// `dependent`: of a capability that has dependent launches. 0 multiprocessors: as the card has.
+lstm_ext::cuda::DeviceFacts facts_of(bool dependent, int multiprocessors) {
   lstm_ext::cuda::DeviceFacts facts = lstm_ext::cuda::known_devices().front();
-  facts.capability = capability;
+  facts.capability = dependent ? 90 : 80;
+  if (multiprocessors != 0) facts.multiprocessors = multiprocessors;
   return facts;
 }
-const lstm_ext::cuda::DeviceFacts facts = facts_of(80), facts_of_dependent = facts_of(90);
+lstm_ext::cuda::DeviceFacts facts = facts_of(false, 0);
 
 lstm_ext::StepwiseDevice emulated_device() {
   const auto request = lstm_ext::cuda::request_named(device.kernel);
   TORCH_CHECK(request, "no kernel ", device.kernel);
-  return {nullptr,
-          &counted_gemm,
-          nullptr,
-          device.tf32,
-          device.chunk_bytes,
-          device.dependent ? &facts_of_dependent : &facts,
-          *request,
-          &status,
-          device.wait_limit};
+  return {nullptr, &counted_gemm, nullptr, device.tf32,      device.chunk_bytes,
+          &facts,  *request,      &status, device.wait_limit};
 }
 
 // Dependent launches read weights, and nothing else, before they wait. A copy that the host makes of weights is not
@@ -185,11 +179,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   lstm_ext::python::bind_layer(m);
   m.def(
       "set_device",
-      [](bool tf32, int64_t chunk_bytes, const std::string& kernel, bool dependent, int64_t wait_limit) {
-        device = {tf32, chunk_bytes, kernel, dependent, wait_limit};
+      [](bool tf32, int64_t chunk_bytes, const std::string& kernel, bool dependent, int64_t wait_limit,
+         int multiprocessors) {
+        device = {tf32, chunk_bytes, kernel, wait_limit};
+        facts = facts_of(dependent, multiprocessors);
       },
       py::arg("tf32"), py::arg("chunk_bytes"), py::arg("kernel"), py::arg("dependent") = false,
-      py::arg("wait_limit") = 0);
+      py::arg("wait_limit") = 0, py::arg("multiprocessors") = 0);
   // From now on, of all tensors of the process.
   m.def("fence_tensors", &fence_tensors);
   // The variables SIMT_... as they are now.

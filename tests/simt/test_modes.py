@@ -60,7 +60,7 @@ def problems_in(
 KERNELS = {
     "stepwise": ("stepwise",),
     "step": ("step", "dependent"),
-    "persistent": ("persistent", LOST),
+    "persistent": ("persistent", "turns", LOST),
     "large": ("large",),
 }
 SOME = {

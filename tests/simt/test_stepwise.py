@@ -12,11 +12,12 @@ import pytest
 import torch
 from emulated_layer import (
     BIG,
+    CASES_OF,
     CHUNK_BYTES,
-    CHUNK_CASES,
     LARGE_CASES,
-    STEP_CASES,
+    NAN,
     call_of,
+    device_of,
     emulated,
     emulated_device,
     stepwise_module,
@@ -44,9 +45,13 @@ def drawn(case: Case, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
     return emulated(cases.layer(case, dtype, seed), dtype)
 
 
-def fused(case: Case, dtype: torch.dtype, seed: int, kernel: str = "step") -> dict[str, Tensor]:
+def fused(
+    case: Case, dtype: torch.dtype, seed: int, kernel: str = "step", **device: Any
+) -> dict[str, Tensor]:
     """Each step, or all of them, in one kernel."""
-    return emulated(cases.layer(case, dtype, seed), dtype, tf32=dtype == torch.float32, kernel=kernel)
+    return emulated(
+        cases.layer(case, dtype, seed), dtype, tf32=dtype == torch.float32, kernel=kernel, **device
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -87,7 +92,9 @@ def test_one_product_of_both_directions(name, dtype):
     check(case, dtype, 20 if dtype in LOW else 6, ours=drawn, equations=True)
 
 
-AT_ONCE = [("step", name) for name in STEP_CASES] + [("persistent", name) for name in CHUNK_CASES]
+AT_ONCE = [
+    (kernel, name) for kernel in ("step", "persistent", "turns") for name in CASES_OF[kernel] if name != NAN
+]
 
 
 def at_once(*dtypes: torch.dtype) -> list[Any]:
@@ -100,16 +107,16 @@ def at_once(*dtypes: torch.dtype) -> list[Any]:
 
 @pytest.mark.parametrize(("kernel", "name", "dtype"), at_once(*LOW))
 def test_steps_at_once(kernel, name, dtype):
-    case = dataclasses.replace((STEP_CASES | CHUNK_CASES)[name], wide_weights=True)
+    case = dataclasses.replace(CASES_OF[kernel][name], wide_weights=True)
     draws = 1 if name in BIG else 3 if kernel != "step" else 6 if name in OPTIONS else 20
-    check(case, dtype, draws, ours=functools.partial(fused, kernel=kernel), equations=True)
+    check(case, dtype, draws, ours=functools.partial(fused, **device_of(kernel, name)), equations=True)
 
 
 @pytest.mark.parametrize(("kernel", "name", "dtype"), at_once(torch.float32))
 def test_steps_at_once_in_tf32(kernel, name, dtype):
     """As exact as single products of operands so rounded are."""
-    case = dataclasses.replace((STEP_CASES | CHUNK_CASES)[name], wide_weights=True)
-    expected, ours = cases.expected(case, dtype, 0), fused(case, dtype, 0, kernel)
+    case = dataclasses.replace(CASES_OF[kernel][name], wide_weights=True)
+    expected, ours = cases.expected(case, dtype, 0), fused(case, dtype, 0, **device_of(kernel, name))
     stepwise = emulated(cases.layer(case, dtype, 0), dtype, tf32=True)
     for result, e in expected.items():
         bound = max(2 * relative_error(stepwise[result], e), 4 * EPS[dtype])

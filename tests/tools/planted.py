@@ -293,6 +293,8 @@ TABLE: dict[Tests, list[tuple[str, ...]]] = {
         ("cuda/persistent_chunk.cuh", "{{d[tile][column], d[tile][2 + column],",
          "{{d[tile][2 + column], d[tile][column],"),
         ("cuda/persistent_chunk.cuh", "second ? b : a", "second ? a : b"),
+        ("cuda/persistent_chunk.cuh", "at.row += tile * kPersistentRows;", "at.row += 0;"),
+        ("cuda/persistent_chunk.cuh", "stride = all_.groups * kRows", "stride = all_.groups * kPersistentRows"),
         ("cuda/persistent_chunk.cuh", "c.reverse ? place.time + 1 : place.time);\n  result", "place.time);\n  result"),
         ("cuda/persistent_chunk.cuh", "resets_at(c, resets, c.reverse ? place.time : place.time + 1)",
          "resets_at(c, resets, place.time)"),
