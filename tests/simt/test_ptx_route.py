@@ -77,7 +77,7 @@ RANDOM = {"SIMT_SCHEDULE": "random", "SIMT_COPIES": "mixed"}
 TORN = {"SIMT_SCHEDULE": "random", "SIMT_STORES": "mixed", "SIMT_PIECES": "torn"}
 
 
-@pytest.mark.parametrize("family", ["stepwise", "step"])
+@pytest.mark.parametrize("family", [pytest.param("stepwise", marks=pytest.mark.full), "step"])
 def test_kernels_have_no_races(family: str) -> None:
     assert not by_ptx(family, {"SIMT_SCHEDULE": "priority"}, "race")[0]
 
@@ -134,7 +134,8 @@ def test_wavefronts_of_known_patterns() -> None:
     assert not counted(run(program)[1])
 
 
-@pytest.mark.parametrize("family", ["step", pytest.param("persistent", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["step", "persistent"])
 def test_banks_are_not_in_each_others_way(family: str) -> None:
     """In no loop over the depth or the steps: their accesses are those of 16 bytes."""
     problems, text = by_ptx(family, {"SIMT_WAVEFRONTS": "yes"})
