@@ -390,7 +390,9 @@ def freeze(module: nn.Module, weights: torch.dtype | None = None) -> nn.Module:
     original afterwards; hooks, attributes and buffers come along; tied weights stay tied; handles of the original's
     hooks do not reach those of the copy; and layers are not compiled any more (``Module.compile``). None of its
     parameters requires gradients. Its results are those of the original in evaluation mode, within rounding.
-    :class:`FrozenLSTM` says what it can do; :func:`unfreeze` gives a layer that can be trained.
+    It refuses weights that are changed later, but notices neither writes through ``weight.data`` nor changes under a
+    compiled or exported program. :class:`FrozenLSTM` says what it can do; :func:`unfreeze` gives a layer that can be
+    trained.
 
     Args:
         module: an LSTM or GRU, of this package or of ``torch.nn``, or a model that has such layers; on the CPU. In a

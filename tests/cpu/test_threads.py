@@ -217,7 +217,6 @@ def test_a_number_of_threads_changes_no_bit(grid: str, option: str, recompute: b
 
 
 @pytest.mark.usefixtures("many_workers")
-@pytest.mark.usefixtures("many_workers")
 @pytest.mark.parametrize("weights", [None, torch.bfloat16, torch.int8], ids=str)
 @pytest.mark.parametrize("grid", GRIDS)
 def test_a_number_of_threads_changes_no_bit_of_a_frozen_layer(grid: str, weights: torch.dtype | None) -> None:
