@@ -46,7 +46,8 @@ def blocks() -> plt.Figure:
 
 
 def mailbox() -> plt.Figure:
-    """H 64 and 20 rows in 16 bits: four blocks of 16 units in a group; two groups take the tiles of 8 rows by turns."""
+    """In 16 bits, and small: four blocks of 16 units in a group; two groups take tiles of 8 rows by turns, as they do
+    with H above 512."""
     figure, (of_cells, of_step) = plt.subplots(1, 2, figsize=(10, 4.2), gridspec_kw={"width_ratios": (2, 3)})
     hidden, units, rows, height = 64, 16, 20, 8
     for tile in range(-(-rows // height)):

@@ -68,11 +68,13 @@ Plan::Persistent persistent_of(const LayerFacts& layer, const DeviceFacts& devic
     const int64_t of_group = ceil_div(layer.hidden_size, shape.units) * layer.directions;
     const int64_t room = std::min<int64_t>(device.multiprocessors, most_blocks.value_or(device.multiprocessors));
     result.groups = static_cast<int>(std::min(tiles, room / of_group));
-    // Half of the turns, where the weights of a thread take half of its registers.
-    if (tiles > result.groups && length <= persistent_shape(layer.backward, number, 2).depth(number)) {
+    // Two tiles at once, where the weights of a thread take half of its registers.
+    const int64_t shared = persistent_shared(layer.backward, number, 2, 0);
+    if (tiles > result.groups && length <= persistent_shape(layer.backward, number, 2).depth(number) &&
+        shared <= device.shared_of_block) {
       result.row_tiles = 2;
       result.groups = static_cast<int>(std::min(ceil_div(tiles, 2), room / of_group));
-      result.shared_bytes = persistent_shared(layer.backward, number, 2, 0);
+      result.shared_bytes = shared;
     }
     result.blocks = of_group * result.groups;
     if (result.groups == 0) result.problem = "its blocks do not all find a multiprocessor at once";

@@ -250,9 +250,9 @@ class PersistentChunk {
   }
   // The cell that this thread finishes. The rows of a warp are so far apart that their sums lie in different banks.
   LSTM_DEVICE static Unit cell() {
-    constexpr int kRowsOfWarp = 32 / kUnits;
+    constexpr int kRowsOfWarp = 32 / kUnits, kApart = kPersistentRows / kRowsOfWarp;
     const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-    return {lane % kUnits, thread / 32 + lane / kUnits * (kRows / kRowsOfWarp)};
+    return {lane % kUnits, thread / 32 / kApart * kPersistentRows + thread / 32 % kApart + lane / kUnits * kApart};
   }
 
   // A piece of this thread's rows of tile m; `half` 1: of the row eight further down.

@@ -61,6 +61,7 @@ TRIED_CASES = (
     Case("one step of three rows", steps=1, batch=3, hidden_size=40),
     Case("several launches", lengths=(300, 270, 260, 2, 1)),
     Case("several tiles of rows", steps=4, batch=70, hidden_size=520),
+    Case("two tiles of rows at once", steps=4, batch=70, hidden_size=512),
     Case("weights that registers do not hold", steps=4, batch=4, hidden_size=1040),
     Case("blocks on every multiprocessor", steps=4, batch=512, hidden_size=64, bidirectional=True),
     Case("that wait for each other", steps=4, batch=40, hidden_size=1024),

@@ -35,7 +35,8 @@ LSTM_KERNEL late_block(LateBlock a) {
     return;
   }
   if (threadIdx.x == 0) atomicAdd(a.control.words + kBlocksThatCame, 1u);
-  AwaitedPieces<1> piece(a.slot, 0, 1);
+  const unsigned char* const rows[1] = {a.slot};
+  AwaitedPieces<1, 1> piece(rows, 0, 1);
   const bool came = piece.wait<0, 1>(a.control, gridDim.x);
   if (threadIdx.x == 0) *a.came = came ? 1 : 0;
 }
