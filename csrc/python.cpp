@@ -272,7 +272,7 @@ py::dict cuda_plan(const py::dict& device, int64_t steps, int64_t batch, int64_t
   py::dict persistent;
   persistent["problem"] = found.persistent.problem;
   persistent["groups"] = found.persistent.groups;
-  persistent["row_tiles"] = found.persistent.row_tiles;
+  persistent["rows"] = found.persistent.row_tiles * lstm_ext::cuda::kPersistentRows;
   persistent["extra"] = found.persistent.extra;
   persistent["blocks"] = found.persistent.blocks;
   persistent["shared_bytes"] = found.persistent.shared_bytes;

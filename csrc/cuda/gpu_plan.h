@@ -37,8 +37,8 @@ struct PersistentShape {
   int64_t extra_bytes;  // shared memory for one more piece of each thread
   int64_t depth(int size) const { return int64_t{kPersistentParts} * 4 * pieces * (kPieceBytes / size); }
 };
-// By the pass, the size of an operand's number, and the tiles of batch rows that a turn has: 1, with 128 registers of
-// weights in a thread, or 2, with 64.
+// By the pass, the size of an operand's number, and the tiles of batch rows that a block has at once: 1, with 128
+// registers of weights in a thread, or 2, with 64.
 constexpr PersistentShape persistent_shape(bool backward, int size, int row_tiles) {
   const int tiles = backward ? 1 : size == 4 ? 2 : 4;
   // Forward, a unit has four rows of weights, and backward one, which is four times as long.
@@ -125,7 +125,7 @@ struct Plan {
   // The same for the persistent kernel.
   struct Persistent {
     int groups = 0;                        // groups of blocks that have all units of a direction
-    int row_tiles = 1;                     // tiles of rows that a group has in a turn
+    int row_tiles = 1;                     // tiles of rows that a group has at once
     int extra = 0;                         // pieces of weights of a thread in shared memory
     int64_t blocks = 0, shared_bytes = 0;  // blocks of all directions; bytes of one block
     std::string_view problem;              // why it cannot run; then the rest says nothing

@@ -85,8 +85,8 @@ template <typename Pass>
 struct PersistentSides {
   Pass sides[2];
   int count;
-  int groups;     // groups of blocks that have all units; they take the rows of a turn by turns
-  int row_tiles;  // tiles of rows of a turn: 1 or 2
+  int groups;     // groups of blocks that have all units; they take tiles of rows by turns
+  int row_tiles;  // tiles that a group takes at once: 1 or 2
   int extra;      // pieces of a thread's weights that lie in shared memory; none with two tiles
   PersistentControl control;
 };

@@ -261,7 +261,7 @@ def _described(plan: dict[str, Any]) -> str:
         of = plan["persistent"]
         return (
             f"all time steps of a chunk are one kernel of {of['blocks']} blocks, in {of['groups']} groups that have "
-            f"all hidden units of their rows, {8 * of['row_tiles']} rows at once"
+            f"all hidden units of their rows, {of['rows']} rows at once"
         )
     products, kernels = plan["products"], plan["launches"] - plan["products"]
     return (

@@ -121,15 +121,15 @@ def check_persistent(device: dict[str, Any], layer: dict[str, Any], of: dict[str
     units = 8 if size == 4 and not layer["backward"] else 16
     of_group = -(-layer["hidden_size"] // units) * layer["directions"]
     assert of["blocks"] == of_group * of["groups"] <= device["multiprocessors"]
-    assert 1 <= of["groups"] <= -(-layer["batch"] // (8 * of["row_tiles"]))
-    # A group that has several tiles takes two a turn, if 64 registers of a thread hold the rows of U of the units; else
-    # 128 do, and the extra pieces.
+    assert 1 <= of["groups"] <= -(-layer["batch"] // of["rows"])
+    # A group that has several tiles of 8 rows takes two at once, if 64 registers of a thread hold the rows of U of the
+    # units; else 128 do, and the extra pieces.
     rows = units * (1 if layer["backward"] else 4)
     depth = -(-layer["hidden_size"] // numbers) * numbers * (4 if layer["backward"] else 1)
     in_registers = 256 * 128 * 4
-    assert rows * depth * size <= in_registers // of["row_tiles"] + (of["shared_bytes"] if of["extra"] else 0)
+    assert rows * depth * size <= in_registers * 8 // of["rows"] + (of["shared_bytes"] if of["extra"] else 0)
     room = device["multiprocessors"] // of_group * 8
-    assert (of["row_tiles"] == 2) == (layer["batch"] > room and rows * depth * size <= in_registers // 2)
+    assert (of["rows"] == 16) == (layer["batch"] > room and rows * depth * size <= in_registers // 2)
     assert layer["steps"] > 1 and of["shared_bytes"] <= device["shared_of_block"]
 
 

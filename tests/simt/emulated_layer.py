@@ -150,19 +150,16 @@ STEP_CASES = {
         steps=4, batch=5, hidden_size=19, bidirectional=True, mask=True, resets="to a state", zoneout="shares"
     ),
 }
-# Of a persistent kernel whose blocks have several turns in a step, of two tiles of rows or of one; with so many
-# multiprocessors. A thread has several pieces from H 257 on, and from H 33 in the backward pass of float32.
+# Of a persistent kernel whose blocks have several turns in a step, of two tiles of rows or of one. A thread has several
+# pieces from H 257 on, and from H 33 in the backward pass of float32.
 TURN_CASES = {
-    "turns": (Case(steps=4, batch=37, hidden_size=40), 6),
-    "turns, many pieces": (Case(steps=2, batch=17, hidden_size=264, input_size=8), 33),
-    "turns, packed": (
-        Case(
-            packed=(3,) * 20 + (2,) * 9 + (1,) * 9, hidden_size=20, bidirectional=True, mask=True,
-            zoneout="flags", resets="to a state",
-        ),
-        6,
+    "turns": Case(steps=4, batch=37, hidden_size=40),
+    "turns, many pieces": Case(steps=2, batch=17, hidden_size=264, input_size=8),
+    "turns, packed": Case(
+        packed=(3,) * 20 + (2,) * 9 + (1,) * 9, hidden_size=20, bidirectional=True, mask=True,
+        zoneout="flags", resets="to a state",
     ),
-    "turns of one tile": (Case(steps=2, batch=17, hidden_size=520, input_size=8), 65),
+    "turns of one tile": Case(steps=2, batch=17, hidden_size=520, input_size=8),
 }  # fmt: skip
 BIG = ("several tiles of everything", "many rows, packed", "a long state", *TURN_CASES)
 
@@ -208,8 +205,18 @@ CASES_OF = {
     "persistent": NAN_CASES | CHUNK_CASES,
     "dependent": DEPENDENT_CASES,
     "large": LARGE_CASES,
-    "turns": {name: case for name, (case, _) in TURN_CASES.items()},
+    "turns": TURN_CASES,
     LOST: LOST_CASES,
+}
+
+
+# Of the emulated card, for cases that so have several tiles of rows in a group.
+MULTIPROCESSORS = {
+    "turns": 6,
+    "turns, many pieces": 33,
+    "turns, packed": 6,
+    "turns of one tile": 65,
+    TWO_TILES: 6,
 }
 
 
@@ -217,9 +224,9 @@ def device_of(kernel: str, name: str) -> dict[str, Any]:
     """The arguments of `emulated` for a case of CASES_OF."""
     if kernel == "dependent":
         return {"kernel": "step", "dependent": True}
-    if kernel == "turns":
-        return {"kernel": "persistent", "multiprocessors": TURN_CASES[name][1]}
-    return {"kernel": "persistent" if kernel == "large" else kernel}
+    if kernel in ("large", "turns", LOST):
+        return {"kernel": "persistent", "multiprocessors": MULTIPROCESSORS.get(name, 0)}
+    return {"kernel": kernel}
 
 
 def layer_of(kernel: str, name: str, dtype: torch.dtype) -> Layer:
@@ -232,15 +239,20 @@ def layer_of(kernel: str, name: str, dtype: torch.dtype) -> Layer:
 WAIT_LIMIT = 1 << 20
 
 
-def with_a_lost_piece(case: Case, dtype: torch.dtype, backward: bool, **device: Any) -> str:
+def with_a_lost_piece(name: str, dtype: torch.dtype, multiprocessors: int) -> str:
     """What is wrong with it. Nobody takes what the launch leaves for results, nor what those behind it leave, which do
     not wait."""
+    case, backward = LOST_CASES[name], name.startswith("backward")
     layer, steps, H = Layer(case, dtype, 0), case.steps // 3, case.hidden_size
     call = call_of(layer, dtype)
     grads = [*(g.to(dtype) for g in layer.grads), None, None]
     needs_grad = [True] * (3 + len(layer.weights)) + [False] * 2
     with emulated_device(
-        dtype == torch.float32, case.chunk_bytes, "persistent", wait_limit=WAIT_LIMIT, **device
+        dtype == torch.float32,
+        case.chunk_bytes,
+        "persistent",
+        wait_limit=WAIT_LIMIT,
+        multiprocessors=multiprocessors,
     ) as module:
         *results, saved = module.lstm_layer_forward(*call, True)
 
@@ -343,10 +355,7 @@ def run_job(
                 key, device = f"{kernel}, {name}, {type}", {**device_of(kernel, name), "tf32": type == "f32"}
                 try:
                     if kernel == LOST:
-                        small = {"multiprocessors": 6} if name == TWO_TILES else {}
-                        wrong = with_a_lost_piece(
-                            LOST_CASES[name], dtype, name.startswith("backward"), **small
-                        )
+                        wrong = with_a_lost_piece(name, dtype, device["multiprocessors"])
                     else:
                         found = emulated(layer_of(kernel, name, dtype), dtype, **device)
                         if save:

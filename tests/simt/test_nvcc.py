@@ -31,8 +31,8 @@ def compilations() -> Iterator[nvcc.Compilations]:
     running.close()
 
 
-# The most registers of a thread, by the first pattern that the kernel's name is like. From 129 on a multiprocessor has
-# room for one block of 256 threads, however many there are.
+# The most registers of a thread, by the first pattern that the kernel's name is like. Of more than 128 a multiprocessor
+# has room for one block of 256 threads, whatever their number.
 REGISTERS = {
     "cell_*<double*": 128,
     "cell_*": 96,
