@@ -16,7 +16,7 @@ from .cell import LSTMCell
 from .gru import GRU, GRUCell
 from .lstm import LSTM
 from .recurrent import RecurrentLayer
-from .registered import looks_like_lstm, stand_in
+from .registered import looks_like, stand_in
 from .torch_layers import (
     LAYERS,
     OURS,
@@ -222,9 +222,7 @@ class Entry(NamedTuple):
         )
 
 
-_LOOKS = (
-    "its parameters have the shapes of an LSTM: if it is one, lstm_ext.register tells convert about its class"
-)
+_LOOKS = "its parameters have the shapes of {}: if it is one, lstm_ext.register tells convert about its class"
 
 
 def report(model: nn.Module) -> list[Entry]:
@@ -234,7 +232,7 @@ def report(model: nn.Module) -> list[Entry]:
     the reason "not converted". A subclass of ours that has a ``forward`` of its own is ours if its code calls
     ``super().forward``; where the code does not tell, ``reason`` says so. Layers in plain lists, dicts and attributes,
     which :func:`convert` does not see, come last. Modules whose class is registered
-    (:func:`register`), and those whose own parameters have the shapes of an LSTM, are listed too.
+    (:func:`register`), and those whose own parameters have the shapes of an LSTM or a GRU, are listed too.
 
     Args:
         model: any module.
@@ -269,8 +267,8 @@ def report(model: nn.Module) -> list[Entry]:
             layer, refusal = stand_in(module)
             if refusal or layer is not None:
                 entries.append(Entry(name, kind, False, refusal or "not converted"))
-            elif looks_like_lstm(module):
-                entries.append(Entry(name, kind, False, _LOOKS))
+            elif looks := looks_like(module):
+                entries.append(Entry(name, kind, False, _LOOKS.format(looks)))
     entries += [
         Entry(path, kind_of(module), isinstance(module, OURS), f"{HIDDEN}: convert does not see it")
         for path, module in hidden_layers(model)

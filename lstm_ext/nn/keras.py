@@ -23,6 +23,7 @@ from ..layer.activations import Activation
 from ..layer.tracing import is_exporting
 from ..native import integrations
 from .from_frameworks import KERAS, KERAS_ASKED, keras_activation
+from .registered import repeat_outputs
 from .torch_layers import Replacement, lock
 
 _States = Sequence[Tensor]
@@ -255,23 +256,12 @@ def _loop(keras: Any, place: Any) -> Any:
             (names[cell.recurrent_activation], names[cell.activation]),
         )
         if mask_ is not None and not self.zero_output_for_mask:
-            output = _repeated(output, mask_, self.return_sequences)
+            output = repeat_outputs(output, mask_, self.return_sequences)
         elif not self.return_sequences:
             output = output[:, -1:]
         return output[:, -1], output, states
 
     return inner_loop
-
-
-def _repeated(output: Tensor, mask: Tensor, all_steps: bool) -> Tensor:
-    """Outputs (B, T, H) with the one before in place of each that is masked, or of the last step only, (B, 1, H).
-
-    In front of the first step that counts it is 0, as the outputs there are.
-    """
-    steps = torch.arange(mask.size(1), device=mask.device)
-    places = torch.where(mask, steps, 0).cummax(1).values
-    places = places if all_steps else places[:, -1:]
-    return output.gather(1, places[..., None].expand(-1, -1, output.size(2)))
 
 
 def _count(reason: str) -> None:

@@ -1,4 +1,4 @@
-"""Classes of other packages that are an LSTM in other words: those that `convert` knows, and ``register`` for more."""
+"""Classes of other packages that are an LSTM or a GRU in other words: those that `convert` knows, and ``register``."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cell import LSTMCell
+from .gru import GRU, GRUCell
 from .lstm import LSTM
 
 ToLayer = Callable[[Any], nn.Module]
 
 
 def register(cls: type[nn.Module], to_layer: ToLayer) -> None:
-    """Tell ``convert`` about a class that is an LSTM in other words.
+    """Tell ``convert`` about a class that is an LSTM or a GRU in other words.
 
     Example::
 
@@ -53,8 +55,12 @@ def stand_in(module: nn.Module) -> tuple[nn.Module | None, str]:
     to_layer = _registered.get(cls) or _KNOWN.get(f"{cls.__module__}.{cls.__qualname__}")
     if to_layer is None:
         return None, ""
-    if hooks := [name for name, value in vars(module).items() if name.endswith("_hooks") and value]:
-        return None, f"it has {', '.join(hooks)}, which another module would not have"
+    if own := [
+        name
+        for name, value in vars(module).items()
+        if (name.endswith("_hooks") and value) or callable(getattr(cls, name, None))
+    ]:
+        return None, f"it has {', '.join(own)}, which another module would not have"
     try:
         new = to_layer(module)
     except ValueError as error:
@@ -71,19 +77,20 @@ def stand_in(module: nn.Module) -> tuple[nn.Module | None, str]:
     return new.train(module.training), ""
 
 
-def looks_like_lstm(module: nn.Module) -> bool:
-    """Whether two of its own parameters have the shapes (4H, H) and (4H, any), or both transposed."""
-    if type(module).__module__.startswith("torch."):  # a GRU of H = 4/3 I has them too
-        return False
+def looks_like(module: nn.Module) -> str:
+    """An LSTM or a GRU, if two of its own parameters are (4H, H) and (4H, any), or so with 3H, or all transposed."""
+    if type(module).__module__.startswith("torch."):
+        return ""
     shapes = [tuple(p.shape) for p in module.parameters(recurse=False) if p.dim() == 2]
-    for turned in (shapes, [shape[::-1] for shape in shapes]):
-        for rows, columns in turned:
-            if rows == 4 * columns and [shape[0] for shape in turned].count(rows) > 1:
-                return True
-    return False
+    for gates, name in ((4, "an LSTM"), (3, "a GRU")):
+        for turned in (shapes, [shape[::-1] for shape in shapes]):
+            for rows, columns in turned:
+                if rows == gates * columns and [shape[0] for shape in turned].count(rows) > 1:
+                    return name
+    return ""
 
 
-# ---- classes of other packages. Tried with SeisBench 0.12.6.
+# ---- classes of other packages. Tried with SeisBench 0.12.6 and TorchRL 0.14.1.
 
 
 class LikeSeisBench(LSTM):
@@ -123,8 +130,70 @@ def _from_seisbench(module: Any) -> nn.Module:
     return layer
 
 
+class LikeTorchRL(LSTM):
+    """``torchrl.modules.LSTM``: a step that does not count repeats the output before it."""
+
+    def forward(self, input: Any, hx: Any = None, mask: Tensor | None = None) -> Any:  # type: ignore[override]
+        output, state = super().forward(input, hx, mask=mask)
+        return _with_repeats(self, output, mask, None if hx is None else hx[0]), state
+
+
+class GRULikeTorchRL(GRU):
+    """``torchrl.modules.GRU``: a step that does not count repeats the output before it."""
+
+    def forward(self, input: Any, hx: Any = None, mask: Tensor | None = None) -> Any:  # type: ignore[override]
+        output, state = super().forward(input, hx, mask=mask)
+        return _with_repeats(self, output, mask, hx), state
+
+
+def repeat_outputs(output: Tensor, mask: Tensor, all_steps: bool = True) -> Tensor:
+    """Outputs (B, T, H) with the one before in place of each that is masked, or of the last step only, (B, 1, H).
+
+    In front of the first step that counts they stay.
+    """
+    steps = torch.arange(mask.size(1), device=mask.device)
+    places = torch.where(mask, steps, 0).cummax(1).values
+    places = places if all_steps else places[:, -1:]
+    return output.gather(1, places[..., None].expand(-1, -1, output.size(2)))
+
+
+def _with_repeats(layer: LSTM | GRU, output: Any, mask: Tensor | None, h0: Tensor | None) -> Any:
+    """The outputs with h0 of the last layer in front of the first step that counts."""
+    if mask is None:
+        return output
+    if not layer.batch_first:
+        output, mask = output.transpose(0, 1), mask.transpose(0, 1)
+    first = torch.zeros_like(output[:, 0]) if h0 is None else h0[-1].to(output.dtype)
+    mask = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
+    output = repeat_outputs(torch.cat([first[:, None], output], 1), mask)[:, 1:]
+    return output if layer.batch_first else output.transpose(0, 1)
+
+
+def _from_torchrl(cls: type[nn.Module]) -> ToLayer:
+    def to_layer(module: Any) -> nn.Module:
+        arguments = [module.input_size, module.hidden_size]
+        if isinstance(module, nn.RNNBase):
+            if module.proj_size or module.bidirectional:
+                raise ValueError(
+                    "its proj_size or bidirectional is set, and its forward does not look at them"
+                )
+            arguments += [module.num_layers, module.bias, module.batch_first, module.dropout]
+        else:
+            arguments += [module.bias]
+        layer = cls(*arguments, device="meta")
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(layer, name, parameter)
+        return layer
+
+    return to_layer
+
+
 _registered: dict[type[nn.Module], ToLayer] = {}
 # By name, since nothing here imports these packages.
 _KNOWN: dict[str, ToLayer] = {
     "seisbench.models.base.CustomLSTM": _from_seisbench,
+    "torchrl.modules.tensordict_module.rnn.LSTM": _from_torchrl(LikeTorchRL),
+    "torchrl.modules.tensordict_module.rnn.GRU": _from_torchrl(GRULikeTorchRL),
+    "torchrl.modules.tensordict_module.rnn.LSTMCell": _from_torchrl(LSTMCell),
+    "torchrl.modules.tensordict_module.rnn.GRUCell": _from_torchrl(GRUCell),
 }

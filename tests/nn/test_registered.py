@@ -73,11 +73,14 @@ def test_the_model_itself(known: None) -> None:
     assert isinstance(lstm_ext.convert(Theirs(3, 4)), lstm_ext.LSTM)
 
 
-def test_a_module_with_hooks_stays(known: None) -> None:
-    model = model_of(Theirs(3, 4), nn.LSTM(3, 4))
+def test_a_module_with_hooks_or_methods_of_its_own_stays(known: None) -> None:
+    model = model_of(Theirs(3, 4), Theirs(3, 4), nn.LSTM(3, 4))
     model["a"].register_forward_hook(lambda *_: None)
+    model["b"].forward = lambda x: x
     lstm_ext.convert(model)
-    assert reasons(model)["a"] == (False, "it has _forward_hooks, which another module would not have")
+    found = reasons(model)
+    assert found["a"] == (False, "it has _forward_hooks, which another module would not have")
+    assert found["b"] == (False, "it has forward, which another module would not have")
 
 
 def test_nothing_is_changed_where_convert_raises(known: None) -> None:
@@ -91,14 +94,24 @@ def test_nothing_is_changed_where_convert_raises(known: None) -> None:
     assert type(model["a"]) is Theirs
 
 
+class Cell(nn.Module):
+    """Parameters of so many gates, and a third one beside them."""
+
+    def __init__(self, gates: int, turned: bool) -> None:
+        super().__init__()
+        shapes = [(gates * 4, n)[:: -1 if turned else 1] for n in (6, 4)]
+        self.W, self.U = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+        self.out = nn.Parameter(torch.zeros(4, 4))
+
+
 @pytest.mark.parametrize("turned", [False, True])
-def test_the_report_names_what_looks_like_an_lstm(turned: bool) -> None:
-    model = model_of(Theirs(3, 4, turned), nn.Linear(4, 16), nn.GRU(3, 4), nn.MultiheadAttention(4, 2))
+@pytest.mark.parametrize(("gates", "name"), [(4, "an LSTM"), (3, "a GRU"), (2, None), (5, None)])
+def test_the_report_names_what_looks_like_a_layer(gates: int, name: str | None, turned: bool) -> None:
+    model = model_of(Cell(gates, turned), nn.Linear(4, 16), nn.GRU(3, 4), nn.MultiheadAttention(4, 2))
     found = [entry for entry in lstm_ext.report(model) if entry.reason != "not converted"]
-    assert [entry.name for entry in found] == ["a"] and not found[0].ours
-    assert found[0].reason.startswith(
-        "its parameters have the shapes of an LSTM: if it is one, lstm_ext.register"
-    )
+    assert [entry.name for entry in found] == ["a"] * (name is not None)
+    text = f"its parameters have the shapes of {name}: if it is one, lstm_ext.register"
+    assert all(entry.reason.startswith(text) and not entry.ours for entry in found)
 
 
 def test_what_cannot_be_registered() -> None:

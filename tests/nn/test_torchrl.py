@@ -88,6 +88,19 @@ def test_their_module_recurrent(options, resets):
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("resets", [0.3, 0.0])
+def test_their_module_with_their_layer_in_python(resets):
+    """``convert`` puts ours in its place, which gets their mask of the steps that count."""
+    theirs, _ = layers(num_layers=2)
+    data = rollout(theirs, (B, T), zeros_at_init=False, resets=resets)
+    module = LSTMModule(lstm=theirs, **KEYS).make_python_based()
+    with set_recurrent_mode(True):
+        expected = run(module, data)
+        lstm_ext.convert(module)
+        assert isinstance(module.lstm, lstm_ext.LSTM)
+        torch.testing.assert_close(run(module, data), expected, **CLOSE)
+
+
 @pytest.mark.parametrize("module", [LSTMModule, ResetLSTMModule])
 @pytest.mark.parametrize("options", OPTIONS[:2], ids=str)  # torchrl's single steps fail with proj_size
 def test_single_steps(module, options):
