@@ -130,7 +130,7 @@ def bounds(case: Case, calls: sides.Sides, machine: Machine) -> Result:
     shape, found = case.shape, {}
     seconds = harness.alone({name: calls[name] for name in sides.FROZEN})
     for name, weights in sides.FROZEN.items():
-        numbers = 4 * shape.hidden_size * (shape.input_size + shape.hidden_size)
+        numbers = shape.gates * shape.hidden_size * (shape.input_size + shape.hidden_size)
         size = numbers * (weights or torch.float32).itemsize
         speed = machine.bandwidth(size, case.threads)
         bound = STEP_MICROSECONDS + STEP_READS * size / speed / 1e3
@@ -189,6 +189,12 @@ def step(case: Case, settings: Settings) -> Result:
             calls = {name: calls[name] for name in ("torch", "ours", "step")}
             return timed(calls, settings, ("ours", "step"))
         return with_peers(case, calls, settings, state=True)
+
+
+def gru(case: Case, settings: Settings) -> Result:
+    if case.name in shapes.STREAMS or case.name in shapes.CELLS:
+        return step(case, settings)
+    return (training if case.training else inference)(case, settings)
 
 
 def ragged(case: Case, settings: Settings) -> Result:
@@ -429,6 +435,11 @@ GROUPS: dict[str, Group] = {
     "saved": Group(
         "what `recompute` and `layer_norm` save for the backward pass, and the peak",
         shapes.TASKS, saved, **TRAINING, **NAMED,
+    ),
+    "gru": Group(
+        "GRU and GRUCell: inference, training, one step, the cell",
+        {name: shape._replace(gates=3) for name, shape in (EVERY | shapes.STREAMS | shapes.CELLS).items()},
+        gru, without_gradients=tuple(shapes.STREAMS), **NAMED,
     ),
     "overhead": Group(
         "one step by the function of the kernel, LSTMCell, LSTM.step and torch.nn.LSTMCell",

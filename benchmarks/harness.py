@@ -144,12 +144,15 @@ def layer_options(shape: Shape) -> dict[str, object]:
 
 
 def make_layers(shape: Shape) -> tuple[nn.Module, nn.Module]:
-    """torch.nn.LSTM and lstm_ext.LSTM with the same weights, each with its own copy of them."""
+    """torch.nn.LSTM and lstm_ext.LSTM, or GRU, with the same weights, each with its own copy of them."""
     import lstm_ext
 
     torch.manual_seed(0)
-    theirs = nn.LSTM(shape.input_size, shape.hidden_size, **layer_options(shape))
-    ours = lstm_ext.LSTM(shape.input_size, shape.hidden_size, **layer_options(shape))
+    name = "LSTM" if shape.gates == 4 else "GRU"
+    theirs, ours = (
+        getattr(package, name)(shape.input_size, shape.hidden_size, **layer_options(shape))
+        for package in (nn, lstm_ext)
+    )
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
@@ -203,7 +206,8 @@ def step_call(layer: nn.Module, shape: Shape, method: str) -> Callable[[], objec
     """
     x = input_of(shape._replace(steps=1))
     x_t = x[0]
-    hx = (torch.zeros(1, shape.batch, shape.hidden_size), torch.zeros(1, shape.batch, shape.hidden_size))
+    state = torch.zeros(1, shape.batch, shape.hidden_size)
+    hx = (state, state.clone()) if shape.gates == 4 else state
 
     def call() -> torch.Tensor:
         return layer(x, hx)[0]

@@ -1,8 +1,8 @@
 """Other programs that run the same layer: ONNX Runtime, OpenVINO, and torch.ao's dynamic int8 LSTM.
 
-A peer is given a torch.nn.LSTM and takes its weights. ONNX Runtime and OpenVINO run one and the same ONNX model: the
-standard operator LSTM with the weights in its order, every size fixed, time first. Both are held to float32 and to so
-many threads; ONNX Runtime's do not spin between calls, as they would on cores that the others need.
+A peer is given a torch.nn.LSTM or GRU and takes its weights. ONNX Runtime and OpenVINO run one and the same ONNX model:
+the standard operator LSTM or GRU with the weights in its order, every size fixed, time first. Both are held to float32
+and to so many threads; ONNX Runtime's do not spin between calls, as they would on cores that the others need.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import torch
 from shapes import Shape
 from torch import nn
 
-# The order of the gates' rows is i, f, g, o in torch and i, o, f, c in ONNX, where c is torch's g.
-GATES = (0, 3, 1, 2)
+# By the number of the gates. Their rows are i, f, g, o in torch and i, o, f, c in ONNX, where c is torch's g; of a GRU
+# r, z, n and z, r, h.
+GATES = {4: (0, 3, 1, 2), 3: (1, 0, 2)}
 Call = Callable[[], object]
 
 
@@ -66,7 +67,7 @@ def _problem_of_import(package: str) -> str | None:
 
 
 def onnx_model(layer: nn.LSTM, shape: Shape, state: bool) -> bytes:
-    """A model with the input x and the output y, and with `state` also h0, c0 and h1, c1 (of one layer)."""
+    """A model with the input x and the output y, and with `state` h0, c0 and h1, c1 (one layer; a GRU has no c)."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -78,12 +79,17 @@ def onnx_model(layer: nn.LSTM, shape: Shape, state: bool) -> bytes:
         return name
 
     def of_directions(kind: str, depth: int) -> torch.Tensor:
-        """(directions, 4 * H, ...) with the gates in the order of ONNX."""
+        """(directions, gates * H, ...) with the gates in the order of ONNX."""
         suffixes = ("", "_reverse")[:directions]
         found = [getattr(layer, f"{kind}_l{depth}{suffix}") for suffix in suffixes]
-        return torch.stack([torch.cat([w.chunk(4)[gate] for gate in GATES]) for w in found])
+        return torch.stack(
+            [torch.cat([w.chunk(shape.gates)[gate] for gate in GATES[shape.gates]]) for w in found]
+        )
 
     constant("sizes", torch.tensor([0, 0, directions * hidden]))
+    operator, more = ("LSTM", {}) if shape.gates == 4 else ("GRU", {"linear_before_reset": 1})
+    names = (["h", "c"] if shape.gates == 4 else ["h"]) if state else []
+    before, after = [f"{name}0" for name in names], [f"{name}1" for name in names]
     value = "x"
     for depth in range(shape.layers):
         last = depth == shape.layers - 1
@@ -92,11 +98,13 @@ def onnx_model(layer: nn.LSTM, shape: Shape, state: bool) -> bytes:
             constant(f"w{depth}", of_directions("weight_ih", depth)),
             constant(f"r{depth}", of_directions("weight_hh", depth)),
             constant(f"b{depth}", torch.cat([of_directions(k, depth) for k in ("bias_ih", "bias_hh")], 1)),
-            *(["", "h0", "c0"] if state else []),
+            *(["", *before] if state else []),
         ]
-        outputs = [f"all{depth}", *(["h1", "c1"] if state else [])]
+        outputs = [f"all{depth}", *after]
         direction = "bidirectional" if directions == 2 else "forward"
-        nodes.append(helper.make_node("LSTM", inputs, outputs, hidden_size=hidden, direction=direction))
+        nodes.append(
+            helper.make_node(operator, inputs, outputs, hidden_size=hidden, direction=direction, **more)
+        )
         # (T, directions, B, H) to (T, B, directions * H)
         nodes.append(helper.make_node("Transpose", [outputs[0]], [f"turned{depth}"], perm=[0, 2, 1, 3]))
         value = "y" if last else f"y{depth}"
@@ -111,11 +119,11 @@ def onnx_model(layer: nn.LSTM, shape: Shape, state: bool) -> bytes:
         "layer",
         [
             described("x", shape.steps, shape.batch, shape.input_size),
-            *([described(name, *states) for name in ("h0", "c0")] if state else []),
+            *[described(name, *states) for name in before],
         ],
         [
             described("y", shape.steps, shape.batch, directions * hidden),
-            *([described(name, *states) for name in ("h1", "c1")] if state else []),
+            *[described(name, *states) for name in after],
         ],
         weights,
     )
@@ -126,7 +134,8 @@ def onnx_model(layer: nn.LSTM, shape: Shape, state: bool) -> bytes:
 
 def _inputs(shape: Shape, state: bool) -> dict[str, Any]:
     zeros = torch.zeros(shape.directions, shape.batch, shape.hidden_size).numpy()
-    return {"x": harness.input_of(shape).numpy()} | ({"h0": zeros, "c0": zeros} if state else {})
+    names = (["h0", "c0"] if shape.gates == 4 else ["h0"]) if state else []
+    return {"x": harness.input_of(shape).numpy()} | dict.fromkeys(names, zeros)
 
 
 def _onnxruntime(layer: nn.LSTM, shape: Shape, threads: int, state: bool) -> Call:
@@ -177,7 +186,7 @@ PEERS = {
         Peer(
             "onnxruntime",
             ("onnxruntime", "onnx"),
-            "ONNX Runtime, the operator LSTM, intra_op_num_threads set, session.intra_op.allow_spinning 0",
+            "ONNX Runtime, the operator LSTM or GRU, intra_op_num_threads set, session.intra_op.allow_spinning 0",
             _onnxruntime,
         ),
         Peer(

@@ -12,6 +12,7 @@ class Shape(NamedTuple):
     hidden_size: int
     layers: int = 1
     directions: int = 1
+    gates: int = 4  # 3 for a GRU
 
 
 # From one streaming step to a batch that fills every core; the sizes that other LSTM benchmarks publish lie

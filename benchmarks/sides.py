@@ -77,12 +77,15 @@ def low_precision(shape: Shape, training: bool, dtype: torch.dtype) -> Sides:
 def cell(shape: Shape, training: bool, dtype: torch.dtype = torch.float32) -> Sides:
     """Forward, and with training backward, with the gradients of the weights."""
     torch.manual_seed(0)
-    theirs = nn.LSTMCell(shape.input_size, shape.hidden_size, dtype=dtype)
+    lstm = shape.gates == 4
+    theirs = (nn.LSTMCell if lstm else nn.GRUCell)(shape.input_size, shape.hidden_size, dtype=dtype)
     ours = lstm_ext.convert(copy.deepcopy(theirs))
     x = torch.randn(shape.batch, shape.input_size).to(dtype)
-    state, grads = (
-        tuple(torch.randn(shape.batch, shape.hidden_size).to(dtype) for _ in range(2)) for _ in range(2)
+    states, grads = (
+        tuple(torch.randn(shape.batch, shape.hidden_size).to(dtype) for _ in range(2 if lstm else 1))
+        for _ in range(2)
     )
+    state = states if lstm else states[0]
 
     def call(module: nn.Module) -> Callable[[], object]:
         def infer() -> object:
@@ -91,7 +94,8 @@ def cell(shape: Shape, training: bool, dtype: torch.dtype = torch.float32) -> Si
 
         def train() -> object:
             module.zero_grad(set_to_none=True)
-            torch.autograd.backward(module(x, state), grads)
+            results = module(x, state)
+            torch.autograd.backward(results if lstm else [results], grads)
             return module.weight_hh.grad
 
         return train if training else infer

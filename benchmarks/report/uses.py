@@ -20,7 +20,7 @@ from .text import conditions, table
 RECORDS = ("suite_*_cores.json", "cpu_*_cores.json", "contract_*_cores.json", "malloc_*_cores.json")
 # suite_epyc_zen5_avx2_2_cores.json; the name may have the one group of the record.
 FILE = re.compile(
-    r"(?P<kind>suite|cpu|contract|library|malloc)(_(packed|vmap|callers|16-bit|cell|frozen|rollout|busy|fallback))?"
+    r"(?P<kind>suite|cpu|contract|library|malloc)(_(packed|vmap|callers|16-bit|cell|frozen|rollout|busy|fallback|gru))?"
     r"_(?P<machine>\w+)_(?P<cores>\d+)_cores\.json"
 )
 LARGE = 256  # hidden units from which the layer gains little without a tile engine, with a batch
@@ -78,6 +78,11 @@ USES = (
     Use("bfloat16-training", "bfloat16 training step, over torch's bfloat16"),
     Use("float16", "float16, inference and training"),
     Use("float64", "float64, inference and training"),
+    Use("gru-inference", "`GRU`, inference, T > 1"),
+    Use("gru-peers", "`GRU`, frozen, inference, over the best of torch, ONNX Runtime, OpenVINO"),
+    Use("gru-training", "`GRU`, training step, T > 1"),
+    Use("gru-step", "`GRU`, one step, by a call or by `step()`"),
+    Use("gru-cell", "`GRUCell`, with and without gradients"),
     Use("memory", "peak memory of a training step, share of torch's", cost=True),
     Use(
         "busy-1",
@@ -124,6 +129,20 @@ def of_step(cases: Cases, result: Result) -> None:
         put(cases, over(result, "frozen-int8", "ours"), "int8-itself")
 
 
+def of_gru(cases: Cases, result: Result) -> None:
+    sides = result["sides"]
+    kind = "-training" if result["training"] else "-inference"
+    if result["case"].startswith("cell-"):
+        kind = "-cell"
+    elif result["steps"] == 1:
+        kind = "-step"
+    put(cases, ratio(result, "ours"), f"gru{kind}")
+    put(cases, ratio(result, "step"), "gru-step")
+    if kind == "-inference" and set(PEERS) <= set(sides):
+        best = min(sides[peer]["median"] for peer in PEERS)
+        put(cases, best / sides["frozen"]["median"], "gru-peers")
+
+
 def cases_of(record: Result) -> Cases:
     cases: Cases = {}
     steps = {r["case"] for r in record["results"] if r["group"] == "step"}
@@ -146,6 +165,8 @@ def cases_of(record: Result) -> Cases:
                 put(cases, best / sides["frozen"]["median"], "frozen-peers")
         elif group == "step":
             of_step(cases, result)
+        elif group == "gru":
+            of_gru(cases, result)
         elif group == "frozen-alone" and result["case"].startswith("stream") and result["case"] not in steps:
             put(cases, ratio(result, "frozen"), "frozen-step")
             put(cases, over(result, "frozen", "ours"), "frozen-itself")

@@ -157,10 +157,12 @@ def test_usual_malloc(tmp_path):
     assert done.returncode == 2 and "--usual-malloc: expected groups among training" in done.stderr
 
 
+@pytest.mark.parametrize("gates", [4, 3])
 @pytest.mark.parametrize("state", [False, True])
-def test_peers_compute_the_layer(modules, state):
+def test_peers_compute_the_layer(modules, state, gates):
     harness, peers, Shape = modules.harness, modules.peers, modules.shapes.Shape
     shape = Shape(2, 1, 4, 5) if state else Shape(2, 3, 4, 5, layers=2, directions=2)
+    shape = shape._replace(gates=gates)
     theirs, _ = harness.make_layers(shape)
     expected = harness.step_call(theirs, shape, "call") if state else harness.inference_call(theirs, shape)
     calls, refused = peers.calls(theirs, shape, 1, peers.FLOAT_PEERS, state)
