@@ -139,6 +139,7 @@ struct FrozenWeights {
   const T* projection_panels;
   const T* bias;  // (4H), the sum of both
   int bf16_parts;
+  bool gru;  // while they are packed, from weights (3H, n); see cell::GruRow
 };
 
 // The parameters of a layer that both passes take.

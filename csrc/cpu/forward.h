@@ -146,16 +146,17 @@ template <typename T>
 void freeze(const LayerWeights<T>& weights, const LayerShape& shape, const FrozenWeights<T>& places) {
   constexpr int kLanes = Simd<T>::kLanes;
   const int64_t H = shape.hidden_size;
-  const auto pack = [&](const T* rows, int64_t count, const typename FrozenWeights<T>::Gates& place) {
+  const auto pack = [&](const T* rows, int64_t count, const typename FrozenWeights<T>::Gates& place, int skipped) {
     GateWeight<T> weight = ForwardState<T>::frozen_weight(place, places.bf16_parts);
     weight.rows = {rows};
+    if (places.gru) weight.skipped = skipped;
     for (int64_t block = 0; block < divide_up(H, kLanes); ++block) {
       pack_gates(weight, H, count, block);
-      if (!place.panels) pack_narrow_panel(rows, place.narrow, H, count, block);
+      if (!place.panels) pack_narrow_panel(weight, rows, H, count, block);
     }
   };
-  pack(weights.weight_ih, shape.input_size, places.input);
-  pack(weights.weight_hh, shape.output_size, places.recurrent);
+  pack(weights.weight_ih, shape.input_size, places.input, cell::kGruRecurrent);
+  pack(weights.weight_hh, shape.output_size, places.recurrent, cell::kGruInput);
   sum_biases(weights, Range{0, 4 * H}, const_cast<T*>(places.bias));
   if (shape.projected) {
     pack_projection(weights, shape, Range{0, divide_up(shape.output_size, kLanes)}, 1,

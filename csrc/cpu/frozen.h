@@ -55,18 +55,19 @@ FrozenWeights<T> place_frozen(Arena& arena, const LayerShape& shape, const Froze
     return weight;
   };
   FrozenWeights<T> weights{gates(shape.input_size), gates(shape.output_size), nullptr, arena.take<T>(4 * H),
-                           plan.bf16_parts};
+                           plan.bf16_parts, false};
   if (shape.projected) weights.projection_panels = arena.take<T>(round_up(shape.output_size, lanes) * H);
   return weights;
 }
 
 // Packs weights, which are already rounded, into memory of plan.bytes. `factors`: with int8, those of the rows of W and
-// of U.
+// of U. Those of a GRU are (4H), as its biases, with gaps; the weights are (3H, n).
 template <typename T>
 FrozenWeights<T> freeze(const Kernels<T>& kernels, const LayerWeights<T>& weights, const void* const (&factors)[2],
-                        const LayerShape& shape, const FrozenPlan& plan, char* memory) {
+                        const LayerShape& shape, const FrozenPlan& plan, char* memory, bool gru = false) {
   Arena arena{memory};
-  const FrozenWeights<T> places = place_frozen<T>(arena, shape, plan, kernels.lanes);
+  FrozenWeights<T> places = place_frozen<T>(arena, shape, plan, kernels.lanes);
+  places.gru = gru;
   if (plan.kind == WeightKind::kInt8) {
     const size_t bytes = static_cast<size_t>(4 * shape.hidden_size) * sizeof(T);
     std::memcpy(const_cast<T*>(places.input.narrow.factors), factors[0], bytes);

@@ -36,8 +36,8 @@ struct GateWeight {
   bool packs_as_used() const { return one_place >= 0; }
   LSTM_EXT_INLINE int64_t place(int64_t block) const { return packs_as_used() ? one_place : block; }
   bool packed() const { return panels || bf16.parts > 0; }
-  // Whether whole panels have no registers for the skipped gate. Frozen ones have zeros there.
-  bool leaves_out() const { return skipped >= 0 && (rows.own || rows.narrow); }
+  // Whether whole panels have no registers for the skipped gate. Those of narrow numbers have zeros there.
+  bool leaves_out() const { return skipped >= 0; }
 
   // dot_rows for the weight's rows from `first` on.
   template <int X>
@@ -108,9 +108,9 @@ void pack_gate_panel(const GateWeight<T>& of, const W* weight, int64_t hidden_si
 // Packs a panel of narrower numbers, from which the weight's were widened: bfloat16, in the order of half_of, or
 // integers times a factor, in the order of int8_place if bytes are multiplied.
 template <typename T>
-void pack_narrow_panel(const T* weight, const NarrowPanels<T>& narrow, int64_t hidden_size, int64_t count,
-                       int64_t block) {
+void pack_narrow_panel(const GateWeight<T>& of, const T* weight, int64_t hidden_size, int64_t count, int64_t block) {
   constexpr int n = Simd<T>::kLanes;
+  const NarrowPanels<T>& narrow = of.narrow;
   const WeightKind kind = narrow.kind;
   void* const panels = const_cast<void*>(narrow.data);
   const bool as_bytes = kind == WeightKind::kInt8 && multiplies_int8();
@@ -122,15 +122,16 @@ void pack_narrow_panel(const T* weight, const NarrowPanels<T>& narrow, int64_t h
   for (int64_t k = 0; k < count; ++k) {
     for (int gate = 0; gate < kGates; ++gate) {
       for (int lane = 0; lane < n; ++lane, ++at) {
-        const int64_t row = gate * hidden_size + block * n + lane;
-        const float number = block * n + lane < hidden_size ? static_cast<float>(weight[row * count + k]) : 0.0f;
+        const int64_t unit = block * n + lane, row = of.first_row(gate, hidden_size) + unit;
+        const bool is_there = unit < hidden_size && gate != of.skipped;
+        const float number = is_there ? static_cast<float>(weight[row * count + k]) : 0.0f;
         if (kind == WeightKind::kBFloat16) {
           uint32_t bits;
           __builtin_memcpy(&bits, &number, sizeof(bits));
           const int64_t place = at - gate % 2 * n + lane + gate % 2;  // the order of half_of
           static_cast<uint16_t*>(panels)[place] = static_cast<uint16_t>(bits >> 16);
         } else {
-          const float integer = number == 0 ? 0.0f : number / static_cast<float>(narrow.factors[row]);
+          const float integer = number == 0 ? 0.0f : number / static_cast<float>(narrow.factors[gate * hidden_size + unit]);
           const int rounded = static_cast<int>(integer + (integer < 0 ? -0.5f : 0.5f));
           if (as_bytes) {
             uint8_t* const bytes = static_cast<uint8_t*>(panels) + block * int8_panel_size(count);

@@ -16,7 +16,7 @@ namespace lstm_ext {
 namespace {
 
 constexpr char kMark[8] = {'l', 's', 't', 'm', 'i', 'c', 'e', '3'};
-constexpr char kMarkOfGru[8] = {'g', 'r', 'u', '_', 'i', 'c', 'e', '3'};
+constexpr char kMarkOfGru[8] = {'g', 'r', 'u', '_', 'i', 'c', 'e', '4'};
 
 struct Header {
   char mark[8];
@@ -138,13 +138,13 @@ at::Tensor freeze_direction(const at::Tensor* weights, const WeightCount& count,
       used[i] = used[i].to(at::kBFloat16).to(type);
     }
   }
-  // The panels of a GRU have zeros for the gate that a weight does not have; see cell::GruRow.
+  // Biases and factors of a GRU have zeros for the gate that a weight does not have; see cell::GruRow.
   for (int64_t i = 0; gru && i < count.per_direction; ++i) {
     const int64_t gap = (i % 2 == 0 ? cell::kGruRecurrent : cell::kGruInput) * H;
     const auto spread = [&](const at::Tensor& t) {
       return at::cat({t.narrow(0, 0, gap), at::zeros_like(t.narrow(0, 0, H)), t.narrow(0, gap, 3 * H - gap)});
     };
-    used[i] = spread(used[i]);
+    if (i >= 2) used[i] = spread(used[i]);
     if (i < 2 && kind == WeightKind::kInt8) rounded[i].factors = spread(rounded[i].factors);
   }
   const auto data_of = [&](int64_t i) { return used[i].const_data_ptr<T>(); };
@@ -153,7 +153,7 @@ at::Tensor freeze_direction(const at::Tensor* weights, const WeightCount& count,
   const auto factors_of = [&](int i) -> const void* {
     return kind == WeightKind::kInt8 ? rounded[i].factors.const_data_ptr() : nullptr;
   };
-  cpu::freeze(kernels, all, {factors_of(0), factors_of(1)}, shape, plan, data + kWeightsAt);
+  cpu::freeze(kernels, all, {factors_of(0), factors_of(1)}, shape, plan, data + kWeightsAt, gru);
   return frozen;
 }
 
