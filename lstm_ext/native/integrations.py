@@ -177,6 +177,8 @@ def _wrap(builder: Any, is_ours: _Question, breaks: _Question) -> None:
         refused, broken = isinstance(value, _REFUSED), breaks(value) and not _is_whole(self)
         if not refused and not broken:
             return method(self, value)
+        if broken:
+            _skip_inner_frames()
         with _lock:
             before = config.allow_rnn
             users.append(users[-1] if users else before)
@@ -199,11 +201,17 @@ def _wrap(builder: Any, is_ours: _Question, breaks: _Question) -> None:
 def _skip_inner_frames() -> None:
     """Lets dynamo trace the functions below the modules from a module's forward only, and not begin there.
 
-    After a break it would otherwise begin in each function that is called, and make graphs of single operators.
+    After a break it would otherwise begin in each function that is called, and make graphs of single operators. It
+    forgets this of a function when it is reset.
     """
     skip = getattr(sys.modules.get("torch._dynamo.eval_frame"), "skip_code", None)
-    if skip is None:
-        return
+    for code in _inner_codes() if skip else ():
+        skip(code)
+
+
+@functools.cache
+def _inner_codes() -> tuple[CodeType, ...]:
+    codes: list[CodeType] = []
     for name, module in list(sys.modules.items()):
         if not name.startswith(_INNER):
             continue
@@ -212,8 +220,8 @@ def _skip_inner_frames() -> None:
         for function in found:
             code = getattr(inspect.unwrap(getattr(function, "__func__", function)), "__code__", None)
             if code is not None and Path(code.co_filename).is_relative_to(_PACKAGE):
-                for part in _with_inner(code):
-                    skip(part)
+                codes += _with_inner(code)
+    return tuple(codes)
 
 
 def _with_inner(code: CodeType) -> Iterator[CodeType]:

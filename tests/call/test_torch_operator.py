@@ -17,6 +17,7 @@ import pytest
 import torch
 from graphs import Graphs, operators
 from torch import Tensor, nn
+from torch._C._dynamo import eval_frame
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -380,11 +381,15 @@ def test_options_of_training_alone_take_torchs_operator(monkeypatch: pytest.Monk
 
 @pytest.mark.filterwarnings("ignore:.*zoneout on cpu")
 def test_a_compiler_leaves_a_layer_with_options_out() -> None:
-    """Its equations would be unrolled."""
+    """Its equations would be unrolled. Also after a reset, by which dynamo forgets which functions it passes over."""
     module, x = lstm_ext.LSTM(I, H, zoneout=0.1).eval(), torch.randn(T, B, I)
-    compiled = torch.compile(nn.Sequential(module), backend=(graphs := Graphs()))
-    torch.testing.assert_close(compiled(x)[0], module(x)[0])
-    assert graphs.all == []
+    for _ in range(2):
+        compiled = torch.compile(nn.Sequential(module), backend=(graphs := Graphs()))
+        torch.testing.assert_close(compiled(x)[0], module(x)[0])
+        assert graphs.all == []
+        torch._dynamo.reset()
+        for function in (equations.lstm_layer, equations._equations):
+            eval_frame.reset_code(function.__code__)
 
 
 def test_the_equations_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
