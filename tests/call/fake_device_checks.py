@@ -6,6 +6,7 @@ test_torch_operator.py runs them in a process of their own: the device stays for
 from __future__ import annotations
 
 import copy
+import functools
 import types
 import warnings
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import lstm_ext
+from lstm_ext.call import torch_operator
 from lstm_ext.layer import equations, route
 
 pytestmark = [
@@ -63,6 +65,52 @@ def fused_cell_backward(
     return grad_gates, grad_c * f, grad_gates.sum(0) if has_bias else grad_gates.new_empty(0)
 
 
+def on_cpu(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [torch.empty(0) if t is None else t.detach().cpu() for t in tensors]
+
+
+def by_cpu(
+    leaves: Sequence[Tensor], batch_sizes: Sequence[int], settings: Sequence[Any]
+) -> tuple[Tensor, ...]:
+    """Of input, h0, c0 and weights, as cuDNN has them."""
+    x, h0, c0, *weights = leaves
+    layers, _, dropout, train, both = settings
+    options = (len(weights) // layers // (2 if both else 1) in (4, 5), layers, dropout, train, both)
+    if batch_sizes:
+        return torch.lstm(x, torch.tensor(batch_sizes), (h0, c0), weights, *options)
+    return torch.lstm(x, (h0, c0), weights, *options, False)
+
+
+def cudnn(x, weights, stride, buffer, h0, c0, mode, hidden, size, *settings_and_sizes):
+    """``aten::_cudnn_rnn``; with the one below, which has no derivatives either, as for a CUDA tensor."""
+    *settings, sizes, _ = settings_and_sizes
+    results = by_cpu(on_cpu([x, h0, c0, *weights]), sizes, settings)
+    return (*[y.to(x.device) for y in results], x.new_empty(1), x.new_empty(1))
+
+
+def cudnn_backward(x, weights, stride, buffer, h0, c0, output, gy, gh, gc, mode, hidden, size, *rest):
+    *settings, sizes, _, _, _ = rest
+    with torch_operator._with_autograd(), torch.enable_grad():
+        leaves = [t.requires_grad_() for t in on_cpu([x, h0, c0, *weights])]
+        pairs = zip(by_cpu(leaves, sizes, settings), (gy, gh, gc), strict=True)
+        results, grads = zip(*[(y, g.cpu()) for y, g in pairs if g is not None], strict=True)
+        found = torch.autograd.grad(results, leaves, grads, materialize_grads=True)
+    gx, gh0, gc0, *gw = [g.to(x.device) for g in found]
+    return gx, gh0, gc0, gw
+
+
+def lstm_of_cudnn(x, h0, c0, weights, batch_sizes, bias, layers, dropout, train, both) -> tuple[Tensor, ...]:
+    """What ``torch.lstm`` calls for a CUDA tensor."""
+    projected = h0.size(2) if h0.size(2) != c0.size(2) else 0
+    n, sizes = (
+        len(weights) // layers // (2 if both else 1),
+        [] if batch_sizes is None else batch_sizes.tolist(),
+    )
+    buffer = x.new_empty(0)
+    settings = (layers, False, dropout, train, both, sizes, None)
+    return torch.ops.aten._cudnn_rnn(x, weights, n, buffer, h0, c0, 2, c0.size(2), projected, *settings)[:3]
+
+
 @pytest.fixture(scope="module")
 def device(tmp_path_factory: pytest.TempPathFactory) -> str:
     from torch.utils import cpp_extension
@@ -85,6 +133,8 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> str:
     library = torch.library.Library("aten", "IMPL")
     library.impl("_thnn_fused_lstm_cell", fused_cell, "PrivateUse1")
     library.impl("_thnn_fused_lstm_cell_backward_impl", fused_cell_backward, "PrivateUse1")
+    library.impl("_cudnn_rnn", cudnn, "PrivateUse1")
+    library.impl("_cudnn_rnn_backward", cudnn_backward, "PrivateUse1")
     device._library = library  # or torch forgets them
     return "fake:0"
 
@@ -143,13 +193,36 @@ def test_options_warn_once_and_lengths_of_the_host_do_not(device: str) -> None:
     torch.testing.assert_close(found.cpu(), expected)
 
 
-def test_second_derivatives(device: str) -> None:
-    module = lstm_ext.LSTM(I, H, 2, dtype=torch.float64)
-    found = []
+@pytest.mark.parametrize("by_cudnn", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    "config", [{}, {"num_layers": 2, "bidirectional": True, "bias": False}, {"proj_size": 2}], ids=str
+)
+def test_second_derivatives(
+    config: dict[str, Any], packed: bool, by_cudnn: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of the node of cuDNN, whose own has none, and which keeps the wrapper out of a training step."""
+    if by_cudnn:
+        monkeypatch.setattr(torch_operator._TwiceDifferentiable, "apply", None)
+    module = lstm_ext.LSTM(I, H, dtype=torch.float64, **config)
+    sets, found = module.num_layers * (1 + module.bidirectional), []
+    generator = torch.Generator().manual_seed(3)
+    draw = functools.partial(torch.randn, dtype=torch.float64, generator=generator)
+    given = [draw(T, B, I), draw(sets, B, module.proj_size or H), draw(sets, B, H)]
     for place in ("cpu", device):
-        x = torch.linspace(-1, 1, T * B * I, dtype=torch.float64).view(T, B, I).to(place).requires_grad_()
+        x, h0, c0 = [t.detach().to(place).requires_grad_() for t in given]
         module.to(place)
-        (first,) = torch.autograd.grad(module(x)[0].sin().sum(), x, create_graph=True)
-        found.append([g.cpu() for g in torch.autograd.grad(first.square().sum(), [x, *module.parameters()])])
+        if by_cudnn and place == device:
+            monkeypatch.setattr(route, "torch_lstm", lstm_of_cudnn)
+        argument = pack_padded_sequence(x, [2, 5, 3], enforce_sorted=False) if packed else x
+        y, (h, c) = module(argument, (h0, c0))
+        value = (y.data if packed else y).sin().sum() + h.square().sum() + (c * c0).sum()
+        leaves = [x, h0, c0, *module.parameters()]
+        plain = torch.autograd.grad(value, leaves, retain_graph=True)
+        first = torch.autograd.grad(value, leaves, create_graph=True)
+        second = torch.autograd.grad(sum([g.square().sum() for g in first]), leaves, retain_graph=True)
+        some = torch.autograd.grad(value, x, create_graph=True)[0].square().sum()
+        third = torch.autograd.grad(some, [c0, module.weight_hh_l0])
+        found.append([g.cpu() for g in (*plain, *first, *second, *third)])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
