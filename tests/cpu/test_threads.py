@@ -106,31 +106,40 @@ SHAPES = {
     "packed": ({"hidden_size": 72, "num_layers": 2, "bidirectional": True}, 12),
     "projection": ({"hidden_size": 72, "proj_size": 20, "num_layers": 2}, 12),
     "shared units": ({"hidden_size": 320}, 1),
+    "norm of c": ({"hidden_size": 72, "layer_norm": "cell"}, 12),
+    "GRU, streaming": ({"hidden_size": 24, "gru": True}, 1),
+    "GRU, packed": ({"hidden_size": 72, "num_layers": 2, "bidirectional": True, "gru": True}, 12),
+    "GRU, shared units": ({"hidden_size": 320, "gru": True}, 1),
 }
 CALLERS = 8
 FEATURES = 48
 
 
-def results(module: lstm_ext.LSTM, x: Tensor, hx: tuple[Tensor, Tensor]) -> list[Tensor]:
-    """Outputs and all gradients; inference as well."""
+def results(module: Any, x: Tensor, states: tuple[Tensor, ...]) -> list[Tensor]:
+    """Outputs and all gradients; inference as well. A GRU has one state."""
+    hx = states[0] if len(states) == 1 else states
     with torch.no_grad():
         inference, _ = module(x, hx)
-    output, (h_n, c_n) = module(x, hx)
-    loss = output.square().sum() + h_n.sum() + c_n.square().sum()
-    return [inference, output, h_n, c_n, *torch.autograd.grad(loss, [x, *hx, *module.parameters()])]
+    output, last = module(x, hx)
+    last = (last,) if len(states) == 1 else last
+    loss = output.square().sum() + last[0].sum() + last[-1].square().sum()
+    return [inference, output, *last, *torch.autograd.grad(loss, [x, *states, *module.parameters()])]
 
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_callers_do_not_disturb_each_other(shape, threads):
     config, batch = SHAPES[shape]
-    module = lstm_ext.LSTM(FEATURES, **config)
+    gru = config.get("gru", False)
+    options = {name: value for name, value in config.items() if name != "gru"}
+    module = (lstm_ext.GRU if gru else lstm_ext.LSTM)(FEATURES, **options)
     torch.set_num_threads(threads)
     arguments = []
     for i in range(CALLERS):
         x = torch.randn(1 if shape == "streaming" else 10 + i, batch, FEATURES, requires_grad=True)
         _, state = module(x.detach())
-        arguments.append((x, tuple(torch.randn_like(s).requires_grad_() for s in state)))
+        states = (state,) if gru else state
+        arguments.append((x, tuple(torch.randn_like(s).requires_grad_() for s in states)))
     alone = [results(module, *a) for a in arguments]
     start = threading.Barrier(CALLERS)
 

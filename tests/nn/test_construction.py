@@ -27,6 +27,7 @@ FULL = {
     "batch_first": True,
     "dropout": 0.5,
 }
+GRU_FULL = {name: value for name, value in FULL.items() if name != "proj_size"}
 CALLS = [
     ("LSTM", (3, 4), {}),
     ("LSTM", (3, 4), {"num_layers": 3}),
@@ -38,6 +39,13 @@ CALLS = [
     ("LSTM", (3, 4), {"dtype": torch.bfloat16, "device": "cpu"}),
     ("LSTM", (3, 4, 2, False, True, 0.25, True, 2, "cpu", torch.float64), {}),
     ("LSTM", (), {"input_size": 3, "hidden_size": 4, **FULL, "dropout": 1, "device": None, "dtype": None}),
+    ("GRU", (3, 4), {}),
+    ("GRU", (3, 4), {**GRU_FULL, "dtype": torch.bfloat16}),
+    ("GRU", (3, 4, 2, False, True, 0.25, True), {"device": "cpu", "dtype": torch.float64}),
+    ("GRU", (), {"input_size": 3, "hidden_size": 4, **GRU_FULL, "dropout": 1, "device": None, "dtype": None}),
+    ("GRUCell", (3, 4), {}),
+    ("GRUCell", (3, 4, False, "cpu", torch.float64), {}),
+    ("GRUCell", (0, 4), {}),
     ("LSTMCell", (3, 4), {}),
     ("LSTMCell", (3, 4, False), {}),
     ("LSTMCell", (3, 4, True, "cpu", torch.float64), {}),
@@ -66,7 +74,7 @@ def test_same_module_from_the_same_seed(kind, args, kwargs):
     assert list(ours._parameters) == list(theirs._parameters)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert type(a) is nn.Parameter and a.dtype == b.dtype and torch.equal(a, b)
-    if kind == "LSTM":
+    if kind in ("LSTM", "GRU"):
         assert ours._flat_weights_names == theirs._flat_weights_names
         assert ours._all_weights == theirs._all_weights
         weights = [[id(getattr(ours, name)) for name in names] for names in ours._all_weights]
@@ -75,10 +83,11 @@ def test_same_module_from_the_same_seed(kind, args, kwargs):
         assert vars(ours).keys() == vars(theirs).keys()
 
 
-def test_signature():
-    parameters = inspect.signature(lstm_ext.LSTM).parameters
+@pytest.mark.parametrize(("kind", "sizes"), [("LSTM", SIZES), ("GRU", SIZES[:-1])])
+def test_signature(kind, sizes):
+    parameters = inspect.signature(getattr(lstm_ext, kind)).parameters
     names = [name for name, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
-    assert names == [*SIZES, "device", "dtype"] and lstm_ext.LSTM(3, 4).mode == "LSTM"
+    assert names == [*sizes, "device", "dtype"] and getattr(lstm_ext, kind)(3, 4).mode == kind
 
 
 @pytest.mark.parametrize(
@@ -103,7 +112,9 @@ def test_wrong_calls(args, kwargs):
 
 
 @pytest.mark.devices("cpu", "cuda")
-@pytest.mark.parametrize(("kind", "args"), [("LSTM", (3, 4, 2)), ("LSTMCell", (3, 4))])
+@pytest.mark.parametrize(
+    ("kind", "args"), [("LSTM", (3, 4, 2)), ("LSTMCell", (3, 4)), ("GRU", (3, 4, 2)), ("GRUCell", (3, 4))]
+)
 def test_meta_to_empty_and_reset(kind, args, device):
     ours = getattr(lstm_ext, kind)(*args, device="meta")
     assert all(p.is_meta for p in ours.parameters()) and ours(torch.zeros(2, 3, device="meta"))[0].is_meta

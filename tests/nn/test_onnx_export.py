@@ -73,7 +73,7 @@ OTHERS = {
     "gate_activation": ("scaled_tanh", 0.9, 0.8),
     "cell_activation": (("affine", 0.5, 0.1), ("leaky_relu", 0.3)),
 }
-# Arguments of the call, of the constructor, and the nodes of a layer and direction: one LSTM, or a Scan each.
+# Arguments of the call, of the constructor, and the nodes of a layer and direction: one LSTM or GRU, or a Scan each.
 CASES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     "plain": (("hx",), {}, "LSTM"),
     "no states": ((), {}, "LSTM"),
@@ -93,6 +93,11 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any], str]] = {
     ),
     "activations": (("hx", "lengths"), {**FUNCTIONS, "bidirectional": True}, "LSTM"),
     "mask": (("hx", "mask"), {"bidirectional": True}, "LSTM"),
+    "GRU": (("hx",), {}, "GRU"),
+    "GRU, no states": ((), {"num_layers": 2, "bias": False, "bidirectional": True}, "GRU"),
+    "GRU, lengths": (("hx", "lengths"), {"num_layers": 2, "bidirectional": True, "batch_first": True}, "GRU"),
+    "GRU, mask": (("hx", "mask"), {"bidirectional": True}, "GRU"),
+    "GRU, resets": (("hx", "resets", "reset_state"), {"bidirectional": True}, "GRU Scan"),
     "projection": (("hx",), {"proj_size": 2, "num_layers": 2, "bidirectional": True}, "Scan"),
     "resets": (("hx", "resets"), {"bidirectional": True}, "Scan"),
     "resets to states": (
@@ -114,10 +119,13 @@ SIZES = ((5, 3), (7, 4), (1, 2), (9, 1))  # of steps and sequences; the first is
 class Called(nn.Module):
     """A layer that is called with these arguments."""
 
-    def __init__(self, names: Sequence[str], dtype: torch.dtype = torch.float32, **options: Any) -> None:
+    def __init__(
+        self, names: Sequence[str], dtype: torch.dtype = torch.float32, gru: bool = False, **options: Any
+    ) -> None:
         super().__init__()
+        self.gru = gru
         self.has_hx, self.names = "hx" in names, [name for name in names if name != "hx"]
-        self.lstm = lstm_ext.LSTM(I, H, **options, dtype=dtype)
+        self.lstm = (lstm_ext.GRU if gru else lstm_ext.LSTM)(I, H, **options, dtype=dtype)
         for p in self.lstm.parameters():
             nn.init.normal_(p, 0, 0.4)
 
@@ -130,6 +138,8 @@ class Called(nn.Module):
         first, sets = self.lstm.batch_first, self.lstm.num_layers * (2 if self.lstm.bidirectional else 1)
         steps = (B, T) if first else (T, B)
         states = [tuple(self.random(sets, B, n) for n in (self.lstm.proj_size or H, H)) for _ in range(2)]
+        if self.gru:
+            states = [h for h, _ in states]
         everything = {
             "lengths": torch.tensor([T, 0, *range(1, T + 1), *[T] * B][:B] if B > 1 else [max(T - 1, 0)]),
             "mask": torch.rand(steps) < 0.6,
@@ -144,10 +154,15 @@ class Called(nn.Module):
 
     def shapes(self) -> tuple:
         steps = {0: batch, 1: time} if self.lstm.batch_first else {0: time, 1: batch}
-        states = ({1: batch}, {1: batch})
+        states = {1: batch} if self.gru else ({1: batch}, {1: batch})
         everything = {"lengths": {0: batch}, "mask": steps, "resets": steps, "reset_state": states}
         given = tuple(everything[n] for n in self.names if n in everything)
         return (steps, states if self.has_hx else None, *([given] if given else []))
+
+
+def called_of(name: str, **options: Any) -> Called:
+    names, others, kind = CASES[name]
+    return Called(names, gru=kind.startswith("GRU"), **{**others, **options})
 
 
 def exported(model: Called, **how: Any) -> onnx.ModelProto:
@@ -160,18 +175,19 @@ def exported(model: Called, **how: Any) -> onnx.ModelProto:
 @pytest.mark.parametrize("loops", [False, True])
 def test_layers_at_any_size(name: str, loops: bool) -> None:
     """In ONNX Runtime. One operator a layer where the standard has one that can it, else a loop."""
-    names, options, kind = CASES[name]
-    called = Called(names, **options)
+    _, _, kind = CASES[name]
+    called = called_of(name)
     module, model = called.lstm, exported(called, loops=loops)
     onnx.checker.check_model(model, full_check=True)
     layers, directions = module.num_layers, 2 if module.bidirectional else 1
-    kind = "Scan" if loops else kind
-    expected = {"LSTM": layers, "Scan": 0} if kind == "LSTM" else {"LSTM": 0, "Scan": layers * directions}
+    kind = "Scan" if loops else kind.split()[-1]
+    expected = {"LSTM": 0, "GRU": 0, "Scan": 0, kind: layers * (directions if kind == "Scan" else 1)}
     assert {operator: count(model, operator) for operator in expected} == expected
     constants = {tensor.name for tensor in model.graph.initializer}
-    for node in [node for node in model.graph.node if node.op_type == "LSTM"]:
+    for node in [node for node in model.graph.node if node.op_type in ("LSTM", "GRU")]:
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         assert attributes["hidden_size"] == H and attributes.get("layout", 0) == 0
+        assert attributes.get("linear_before_reset", 0) == called.gru
         assert attributes["direction"] == (b"bidirectional" if module.bidirectional else b"forward")
         assert set(node.input[1 : 4 if module.bias else 3]) <= constants
     assert_same(model, called, [called.arguments(*size) for size in SIZES])
@@ -327,9 +343,8 @@ def test_exported_program_names_and_own_translations() -> None:
 @pytest.mark.parametrize("name", [name for name in CASES if name != "mask"])
 def test_openvino(name: str) -> None:
     openvino = pytest.importorskip("openvino")
-    names, options, kind = CASES[name]
-    called = Called(names, **options)
-    core, model = openvino.Core(), exported(called, loops=kind == "LSTM")
+    called, kind = called_of(name), CASES[name][2]
+    core, model = openvino.Core(), exported(called, loops=kind != "Scan")
     compiled = core.compile_model(
         core.read_model(model.SerializeToString()), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
@@ -341,10 +356,11 @@ def test_openvino(name: str) -> None:
     assert_same(model, called, [called.arguments(*size) for size in SIZES], by)
 
 
-@pytest.mark.parametrize("name", [name for name, (_, _, kind) in CASES.items() if kind == "LSTM"])
+@pytest.mark.parametrize("name", [name for name, (_, _, kind) in CASES.items() if "Scan" not in kind])
 def test_there_and_back(name: str) -> None:
     """The layers of a model that was exported, from its file."""
-    called = Called(("hx", "lengths"), **{**CASES[name][1], "batch_first": False})
+    called = called_of(name, batch_first=False)
+    called.has_hx, called.names = True, ["lengths"]
     layers = list(lstm_ext.from_onnx(exported(called)).values())
     assert len(layers) == called.lstm.num_layers
     y = x = torch.randn(6, 3, I)
