@@ -131,7 +131,8 @@ void pack_narrow_panel(const GateWeight<T>& of, const T* weight, int64_t hidden_
           const int64_t place = at - gate % 2 * n + lane + gate % 2;  // the order of half_of
           static_cast<uint16_t*>(panels)[place] = static_cast<uint16_t>(bits >> 16);
         } else {
-          const float integer = number == 0 ? 0.0f : number / static_cast<float>(narrow.factors[gate * hidden_size + unit]);
+          const float integer =
+              number == 0 ? 0.0f : number / static_cast<float>(narrow.factors[gate * hidden_size + unit]);
           const int rounded = static_cast<int>(integer + (integer < 0 ? -0.5f : 0.5f));
           if (as_bytes) {
             uint8_t* const bytes = static_cast<uint8_t*>(panels) + block * int8_panel_size(count);
