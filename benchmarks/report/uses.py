@@ -80,7 +80,7 @@ USES = (
     Use("float64", "float64, inference and training"),
     Use("gru-inference", "`GRU`, inference, T > 1"),
     Use("gru-peers", "`GRU`, frozen, inference, over the best of torch, ONNX Runtime, OpenVINO"),
-    Use("gru-training", "`GRU`, training step, T > 1"),
+    Use("gru-training", "`GRU`, training step"),
     Use("gru-step", "`GRU`, one step, by a call or by `step()`"),
     Use("gru-cell", "`GRUCell`, with and without gradients"),
     Use("memory", "peak memory of a training step, share of torch's", cost=True),
@@ -134,7 +134,7 @@ def of_gru(cases: Cases, result: Result) -> None:
     kind = "-training" if result["training"] else "-inference"
     if result["case"].startswith("cell-"):
         kind = "-cell"
-    elif result["steps"] == 1:
+    elif result["steps"] == 1 and not result["training"]:
         kind = "-step"
     put(cases, ratio(result, "ours"), f"gru{kind}")
     put(cases, ratio(result, "step"), "gru-step")

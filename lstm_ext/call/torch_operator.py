@@ -5,7 +5,7 @@ layer by layer. Eager calls go to ``torch.lstm``, so that the results have the b
 exporters and dispatch modes get one registered operator, ``lstm_ext::torchs_lstm``: they would unroll torch's.
 
 cuDNN, MIOpen and MPS have no second derivatives. On these, ``create_graph=True`` recomputes the gradients with the
-equations.
+equations; those of a GRU on cuDNN only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..layer import equations, operators, route, transforms
 from ..layer.layer_call import LayerFunction
 from ..layer.shapes import weight_counts
 from ..layer.tracing import is_jit_tracing
-from .arguments import Stack
+from .arguments import Requested, Stack
 from .autocast import in_autocast, result_dtypes
 from .stack import run_stack
 
@@ -55,11 +55,12 @@ class PlainStack(NamedTuple):
         tensors: Sequence[Tensor],
         autocast: torch.dtype | None,
     ) -> _Tensors:
-        """The same, layer by layer."""
+        """The same, layer by layer. The c0 of a GRU is None."""
+        options = Requested({"gru": True}, 0.0, 0.0, (0.0, 0.0), self.training, {}) if self.gru else None
         x, h0, c0, *weights = tensors
         n = len(weights) // self.num_layers
         layers = [weights[k : k + n] for k in range(0, len(weights), n)]
-        return run_stack(self, layer, layers, x, h0, c0, batch_sizes, None, autocast)[:3]  # type: ignore[arg-type]
+        return run_stack(self, layer, layers, x, h0, c0, batch_sizes, options, autocast)[:3]  # type: ignore[arg-type]
 
     def is_projected(self, tensors: Sequence[Tensor]) -> bool:
         sets = self.num_layers * (2 if self.bidirectional else 1)
@@ -96,10 +97,7 @@ def lstm(
     # On the CPU torch's operator has second derivatives. On other devices the equations cannot draw dropout's masks.
     if not needs_grad or plain.dropout or x.is_cpu or is_jit_tracing():
         return results
-    node = results[0].grad_fn
-    if type(node).__name__ == "CudnnRnnBackward0" and autocast is None:
-        # This takes a third of the time of the function below.
-        node.register_hook(functools.partial(_gradients_of_cudnn, plain, batch_sizes))  # type: ignore[union-attr]
+    if autocast is None and _hooks_cudnn(results[0], plain, batch_sizes):
         return results
     return _TwiceDifferentiable.apply(plain, batch_sizes, autocast, *results, *tensors)
 
@@ -111,18 +109,20 @@ def gru(
     h0: Tensor | None,
     batch_sizes: Tensor | None,
 ) -> tuple[Tensor, Tensor] | None:
-    """Output and h_n of a stack of plain GRU layers; None if it runs on our kernels or the equations instead.
-
-    cuDNN has no second derivatives of it.
-    """
-    if stack._frozen or route.has_gru(x.device) or route.torch_route(x, h0, None, weights, True) is None:
+    """Output and h_n of a stack of plain GRU layers; None if it runs on our kernels or the equations instead."""
+    way = None if stack._frozen or route.has_gru(x.device) else route.torch_route(x, h0, None, weights, True)
+    if way is None:
         return None
     flat = [w for layer in weights for w in layer]
     h0, _ = route.given_states(x, h0, h0, flat, batch_sizes, len(weights), stack.bidirectional)
-    settings = _plain(stack, len(weights), [x, h0, *flat])[0][:5]
+    plain, needs_grad = _plain(stack, len(weights), [x, h0, *flat])
     if batch_sizes is None:
-        return torch.gru(x, h0, flat, *settings, False)
-    return torch.gru(x, batch_sizes, h0, flat, *settings)
+        results = torch.gru(x, h0, flat, *plain[:5], False)
+    else:
+        results = torch.gru(x, batch_sizes, h0, flat, *plain[:5])
+    if way == "direct" and needs_grad and not plain.dropout:
+        _hooks_cudnn(results[0], plain._replace(gru=True), batch_sizes)
+    return results
 
 
 def _plain(stack: Stack, num_layers: int, tensors: Sequence[Tensor]) -> tuple[PlainStack, bool]:
@@ -162,6 +162,17 @@ class _TwiceDifferentiable(torch.autograd.Function):
             ctx.plain, ctx.autocast, ctx.batch_sizes, grads, ctx.saved_tensors, needs_grad
         )
         return (None,) * 6 + tuple(gradients)
+
+
+def _hooks_cudnn(output: Tensor, plain: PlainStack, batch_sizes: Tensor | None) -> bool:
+    """Gives second derivatives to results of cuDNN. Takes a third of the time of `_TwiceDifferentiable`."""
+    node: Any = output.grad_fn
+    # Hooks on saved tensors, as those of torch.utils.checkpoint, may give each of them once only, and cuDNN takes them.
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if type(node).__name__ != "CudnnRnnBackward0" or hooks is not None:
+        return False
+    node.register_hook(functools.partial(_gradients_of_cudnn, plain, batch_sizes))
+    return True
 
 
 def _gradients_of_cudnn(

@@ -16,7 +16,7 @@ from .cell import LSTMCell
 from .gru import GRU, GRUCell
 from .lstm import LSTM
 from .recurrent import RecurrentLayer
-from .registered import looks_like, stand_in
+from .registered import COMPILED, looks_like, stand_in
 from .torch_layers import (
     LAYERS,
     OURS,
@@ -166,9 +166,10 @@ def convert(
     skip = skip if isinstance(skip, str) else list(skip)
     pairs = _TO_SUBCLASSES if as_subclass else _TO_OURS
     found, passed_over = _change_classes(model, pairs, "convert", skip, subclasses)
+    stay = _skipped(model, skip, "convert") | _compiled(model)
     new = {
         module: layer
-        for module in set(modules_of(model)) - _skipped(model, skip, "convert")
+        for module in set(modules_of(model)) - stay
         if (layer := stand_in(module)[0]) is not None
     }
     for parent in modules_of(model) if new else ():
@@ -248,7 +249,7 @@ def report(model: nn.Module) -> list[Entry]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"report: expected model to be a torch.nn.Module, got {type(model).__name__}")
-    entries = []
+    entries, compiled = [], _compiled(model)
     for name, module in model.named_modules():
         kind = kind_of(module)
         if isinstance(module, OURS):
@@ -266,7 +267,8 @@ def report(model: nn.Module) -> list[Entry]:
         else:
             layer, refusal = stand_in(module)
             if refusal or layer is not None:
-                entries.append(Entry(name, kind, False, refusal or "not converted"))
+                reason = COMPILED if module in compiled else refusal or "not converted"
+                entries.append(Entry(name, kind, False, reason))
             elif looks := looks_like(module):
                 entries.append(Entry(name, kind, False, _LOOKS.format(looks)))
     entries += [
@@ -385,6 +387,15 @@ def _change_classes(
             with torch.no_grad():
                 module._init_flat_weights()
     return found, passed_over
+
+
+def _compiled(model: nn.Module) -> set[nn.Module]:
+    """The modules that torch.compile has wrapped. The wrapper goes on calling them if another takes their place."""
+    return {
+        module.get_submodule("_orig_mod")
+        for module in modules_of(model)
+        if type(module).__name__ == "OptimizedModule"
+    }
 
 
 def _skipped(model: nn.Module, skip: Iterable[str], function: str) -> set[nn.Module]:

@@ -13,6 +13,7 @@ from .gru import GRU, GRUCell
 from .lstm import LSTM
 
 ToLayer = Callable[[Any], nn.Module]
+COMPILED = "it is compiled: convert before torch.compile"
 
 
 def register(cls: type[nn.Module], to_layer: ToLayer) -> None:
@@ -61,6 +62,8 @@ def stand_in(module: nn.Module) -> tuple[nn.Module | None, str]:
         if (name.endswith("_hooks") and value) or callable(getattr(cls, name, None))
     ]:
         return None, f"it has {', '.join(own)}, which another module would not have"
+    if module._compiled_call_impl is not None:
+        return None, COMPILED
     try:
         new = to_layer(module)
     except ValueError as error:
@@ -78,16 +81,20 @@ def stand_in(module: nn.Module) -> tuple[nn.Module | None, str]:
 
 
 def looks_like(module: nn.Module) -> str:
-    """An LSTM or a GRU, if two of its own parameters are (4H, H) and (4H, any), or so with 3H, or all transposed."""
+    """An LSTM or a GRU, if two of its own parameters are (4H, H) and (4H, any), or so with 3H, or all transposed.
+
+    Some sizes fit both.
+    """
     if type(module).__module__.startswith("torch."):
         return ""
     shapes = [tuple(p.shape) for p in module.parameters(recurse=False) if p.dim() == 2]
+    found = {}
     for gates, name in ((4, "an LSTM"), (3, "a GRU")):
         for turned in (shapes, [shape[::-1] for shape in shapes]):
             for rows, columns in turned:
                 if rows == gates * columns and [shape[0] for shape in turned].count(rows) > 1:
-                    return name
-    return ""
+                    found[name] = True
+    return " or ".join(found)
 
 
 # ---- classes of other packages. Tried with SeisBench 0.12.6 and TorchRL 0.14.1.
@@ -134,8 +141,19 @@ class LikeTorchRL(LSTM):
     """``torchrl.modules.LSTM``: a step that does not count repeats the output before it."""
 
     def forward(self, input: Any, hx: Any = None, mask: Tensor | None = None) -> Any:  # type: ignore[override]
+        if isinstance(input, Tensor) and torch.is_autocast_enabled(input.device.type):
+            return self._in_autocast(input, hx, mask)
         output, state = super().forward(input, hx, mask=mask)
         return _with_repeats(self, output, mask, None if hx is None else hx[0]), state
+
+    def _in_autocast(self, x: Tensor, hx: Any, mask: Tensor | None) -> Any:
+        """In the dtype of the weights, and the results in that which c has in its loop."""
+        weights, device = next(self.parameters()).dtype, x.device.type
+        dtype = torch.promote_types(x.dtype if hx is None else hx[1].dtype, torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            states = None if hx is None else tuple([s.to(weights) for s in hx])
+            output, (h, c) = self.forward(x.to(weights), states, mask)
+        return output.to(dtype), (h.to(dtype), c.to(dtype))
 
 
 class GRULikeTorchRL(GRU):
@@ -171,6 +189,8 @@ def _with_repeats(layer: LSTM | GRU, output: Any, mask: Tensor | None, h0: Tenso
 
 def _from_torchrl(cls: type[nn.Module]) -> ToLayer:
     def to_layer(module: Any) -> nn.Module:
+        if module._modules or module._buffers:
+            raise ValueError("it has modules or buffers, which its class does not have")
         arguments = [module.input_size, module.hidden_size]
         if isinstance(module, nn.RNNBase):
             if module.proj_size or module.bidirectional:
@@ -181,8 +201,8 @@ def _from_torchrl(cls: type[nn.Module]) -> ToLayer:
         else:
             arguments += [module.bias]
         layer = cls(*arguments, device="meta")
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(layer, name, parameter)
+        for name, parameter in module._parameters.items():
+            layer.register_parameter(name, parameter)
         return layer
 
     return to_layer

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
 
 import lstm_ext
 from lstm_ext.call import torch_operator
@@ -26,6 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk"),
 ]
 T, B, I, H = 5, 3, 4, 6
+GRU = torch.gru  # which a test replaces
 CONFIGS: list[dict[str, Any]] = [
     {},
     {"num_layers": 3, "bidirectional": True, "batch_first": True, "dropout": 0.4},
@@ -65,50 +67,65 @@ def fused_cell_backward(
     return grad_gates, grad_c * f, grad_gates.sum(0) if has_bias else grad_gates.new_empty(0)
 
 
-def on_cpu(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    return [torch.empty(0) if t is None else t.detach().cpu() for t in tensors]
+def on_cpu(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.detach().cpu() for t in tensors]
 
 
 def by_cpu(
-    leaves: Sequence[Tensor], batch_sizes: Sequence[int], settings: Sequence[Any]
+    leaves: Sequence[Tensor | None], batch_sizes: Sequence[int], settings: Sequence[Any]
 ) -> tuple[Tensor, ...]:
-    """Of input, h0, c0 and weights, as cuDNN has them."""
+    """Of input, h0, c0 and weights, as cuDNN has them. A GRU has no c0."""
     x, h0, c0, *weights = leaves
     layers, _, dropout, train, both = settings
+    operator, hx = (GRU, h0) if c0 is None else (torch.lstm, (h0, c0))
     options = (len(weights) // layers // (2 if both else 1) in (4, 5), layers, dropout, train, both)
     if batch_sizes:
-        return torch.lstm(x, torch.tensor(batch_sizes), (h0, c0), weights, *options)
-    return torch.lstm(x, (h0, c0), weights, *options, False)
+        return operator(x, torch.tensor(batch_sizes), hx, weights, *options)
+    return operator(x, hx, weights, *options, False)
 
 
 def cudnn(x, weights, stride, buffer, h0, c0, mode, hidden, size, *settings_and_sizes):
     """``aten::_cudnn_rnn``; with the one below, which has no derivatives either, as for a CUDA tensor."""
     *settings, sizes, _ = settings_and_sizes
-    results = by_cpu(on_cpu([x, h0, c0, *weights]), sizes, settings)
-    return (*[y.to(x.device) for y in results], x.new_empty(1), x.new_empty(1))
+    results = [y.to(x.device) for y in by_cpu(on_cpu([x, h0, c0, *weights]), sizes, settings)]
+    return (*results, *[x.new_empty(1) for _ in range(5 - len(results))])
 
 
 def cudnn_backward(x, weights, stride, buffer, h0, c0, output, gy, gh, gc, mode, hidden, size, *rest):
     *settings, sizes, _, _, _ = rest
     with torch_operator._with_autograd(), torch.enable_grad():
-        leaves = [t.requires_grad_() for t in on_cpu([x, h0, c0, *weights])]
-        pairs = zip(by_cpu(leaves, sizes, settings), (gy, gh, gc), strict=True)
+        leaves = [t if t is None else t.requires_grad_() for t in on_cpu([x, h0, c0, *weights])]
+        pairs = zip(by_cpu(leaves, sizes, settings), (gy, gh, gc), strict=False)
         results, grads = zip(*[(y, g.cpu()) for y, g in pairs if g is not None], strict=True)
-        found = torch.autograd.grad(results, leaves, grads, materialize_grads=True)
-    gx, gh0, gc0, *gw = [g.to(x.device) for g in found]
-    return gx, gh0, gc0, gw
+        inputs = [t for t in leaves if t is not None]
+        found = torch.autograd.grad(results, inputs, grads, materialize_grads=True)
+    gx, gh0, *others = [g.to(x.device) for g in found]
+    gc0 = x.new_empty(0) if c0 is None else others.pop(0)
+    return gx, gh0, gc0, others
 
 
-def lstm_of_cudnn(x, h0, c0, weights, batch_sizes, bias, layers, dropout, train, both) -> tuple[Tensor, ...]:
-    """What ``torch.lstm`` calls for a CUDA tensor."""
-    projected = h0.size(2) if h0.size(2) != c0.size(2) else 0
-    n, sizes = (
-        len(weights) // layers // (2 if both else 1),
-        [] if batch_sizes is None else batch_sizes.tolist(),
-    )
-    buffer = x.new_empty(0)
-    settings = (layers, False, dropout, train, both, sizes, None)
-    return torch.ops.aten._cudnn_rnn(x, weights, n, buffer, h0, c0, 2, c0.size(2), projected, *settings)[:3]
+def by_cudnn(x, h0, c0, weights, batch_sizes, layers, dropout, train, both) -> tuple[Tensor, ...]:
+    """What ``torch.lstm`` and ``torch.gru`` call for CUDA tensors."""
+    hidden = weights[1].size(0) // (3 if c0 is None else 4)
+    projected = h0.size(2) if h0.size(2) != hidden else 0
+    n, sizes = len(weights) // layers // (2 if both else 1), batch_sizes
+    sizes = [] if sizes is None else sizes.tolist()
+    kind = 3 if c0 is None else 2
+    settings = (kind, hidden, projected, layers, False, dropout, train, both, sizes, None)
+    return torch.ops.aten._cudnn_rnn(x, weights, n, x.new_empty(0), h0, c0, *settings)[
+        : 2 if c0 is None else 3
+    ]
+
+
+def lstm_of_cudnn(x, h0, c0, weights, batch_sizes, bias, *settings) -> tuple[Tensor, ...]:
+    return by_cudnn(x, h0, c0, weights, batch_sizes, *settings)
+
+
+def gru_of_cudnn(x, *arguments) -> tuple[Tensor, ...]:
+    batch_sizes, (h0, weights, _, *settings) = None, arguments
+    if isinstance(weights, Tensor):
+        batch_sizes, h0, weights, _, *settings = arguments
+    return by_cudnn(x, h0, None, weights, batch_sizes, *settings[:4])
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +138,7 @@ def device(tmp_path_factory: pytest.TempPathFactory) -> str:
     module.current_device = lambda: 0
     module._is_in_bad_fork = lambda: False
     module.manual_seed_all = lambda seed: None
+    module.get_amp_supported_dtype = lambda: [torch.bfloat16]
     torch.utils.rename_privateuse1_backend("fake")
     torch._register_device_module("fake", module)
     with warnings.catch_warnings():
@@ -193,36 +211,61 @@ def test_options_warn_once_and_lengths_of_the_host_do_not(device: str) -> None:
     torch.testing.assert_close(found.cpu(), expected)
 
 
-@pytest.mark.parametrize("by_cudnn", [False, True])
+SECOND: list[dict[str, Any]] = [
+    {},
+    {"num_layers": 2, "bidirectional": True, "bias": False},
+    {"proj_size": 2},
+]
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
-    "config", [{}, {"num_layers": 2, "bidirectional": True, "bias": False}, {"proj_size": 2}], ids=str
+    ("kind", "config", "cudnn"),
+    [
+        *(("LSTM", config, cudnn) for config in SECOND for cudnn in (False, True)),
+        *(("GRU", config, True) for config in SECOND[:2]),
+    ],
+    ids=str,
 )
 def test_second_derivatives(
-    config: dict[str, Any], packed: bool, by_cudnn: bool, device: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, config: dict[str, Any], cudnn: bool, packed: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also of the node of cuDNN, whose own has none, and which keeps the wrapper out of a training step."""
-    if by_cudnn:
+    if cudnn:
         monkeypatch.setattr(torch_operator._TwiceDifferentiable, "apply", None)
-    module = lstm_ext.LSTM(I, H, dtype=torch.float64, **config)
+    module = getattr(lstm_ext, kind)(I, H, dtype=torch.float64, **config)
     sets, found = module.num_layers * (1 + module.bidirectional), []
     generator = torch.Generator().manual_seed(3)
     draw = functools.partial(torch.randn, dtype=torch.float64, generator=generator)
     given = [draw(T, B, I), draw(sets, B, module.proj_size or H), draw(sets, B, H)]
     for place in ("cpu", device):
-        x, h0, c0 = [t.detach().to(place).requires_grad_() for t in given]
+        x, *states = [t.detach().to(place).requires_grad_() for t in given[: 2 if kind == "GRU" else 3]]
         module.to(place)
-        if by_cudnn and place == device:
+        if cudnn and place == device:
             monkeypatch.setattr(route, "torch_lstm", lstm_of_cudnn)
+            monkeypatch.setattr(torch, "gru", gru_of_cudnn)
         argument = pack_padded_sequence(x, [2, 5, 3], enforce_sorted=False) if packed else x
-        y, (h, c) = module(argument, (h0, c0))
-        value = (y.data if packed else y).sin().sum() + h.square().sum() + (c * c0).sum()
-        leaves = [x, h0, c0, *module.parameters()]
+        y, last = module(argument, states[0] if kind == "GRU" else states)
+        last = [last] if kind == "GRU" else last
+        value = (y.data if packed else y).sin().sum() + last[0].square().sum() + (last[-1] * states[-1]).sum()
+        leaves = [x, *states, *module.parameters()]
         plain = torch.autograd.grad(value, leaves, retain_graph=True)
         first = torch.autograd.grad(value, leaves, create_graph=True)
         second = torch.autograd.grad(sum([g.square().sum() for g in first]), leaves, retain_graph=True)
         some = torch.autograd.grad(value, x, create_graph=True)[0].square().sum()
-        third = torch.autograd.grad(some, [c0, module.weight_hh_l0])
+        third = torch.autograd.grad(some, [states[-1], module.weight_hh_l0])
         found.append([g.cpu() for g in (*plain, *first, *second, *third)])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_second_derivatives_of_cudnn_in_a_checkpoint(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint gives each saved tensor once, and the backward pass of cuDNN takes it."""
+    module = lstm_ext.LSTM(I, H, dtype=torch.float64).to(device)
+    monkeypatch.setattr(route, "torch_lstm", lstm_of_cudnn)
+    x = torch.ones(T, B, I, dtype=torch.float64, device=device, requires_grad=True)
+    found = []
+    for call in (module, functools.partial(checkpoint, module, use_reentrant=False)):
+        (first,) = torch.autograd.grad(call(x)[0].sin().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), x)[0].cpu())
+    torch.testing.assert_close(*found)

@@ -9,6 +9,8 @@ import os
 import re
 import stat
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +52,19 @@ def give_to_a_stranger(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             return os.stat_result((*found[:4], STRANGER, *found[5:]))
 
         monkeypatch.setattr(trust.os, "lstat", lstat)
+
+
+def test_a_home_that_cannot_be_written() -> None:
+    """Nothing is compiled or measured here, so nothing is written, and nothing is said."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME")}
+    program = "import torch, lstm_ext; lstm_ext.freeze(lstm_ext.LSTM(3, 4))(torch.ones(2, 1, 3))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment | {"HOME": "/proc/none"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_what_is_ours_is_trusted(folder):

@@ -83,6 +83,17 @@ def test_a_module_with_hooks_or_methods_of_its_own_stays(known: None) -> None:
     assert found["b"] == (False, "it has forward, which another module would not have")
 
 
+def test_a_compiled_module_stays(known: None) -> None:
+    """The wrapper of torch.compile would go on calling it."""
+    model = model_of(torch.compile(Theirs(3, 4), backend="eager"), Theirs(3, 4), nn.LSTM(3, 4))
+    model["b"].compile(backend="eager")
+    before = [model["a"]._orig_mod, model["b"]]
+    lstm_ext.convert(model)
+    assert [model["a"]._orig_mod, model["b"]] == before
+    found = reasons(model)
+    assert found["a._orig_mod"] == found["b"] == (False, "it is compiled: convert before torch.compile")
+
+
 def test_nothing_is_changed_where_convert_raises(known: None) -> None:
     class WithCode(nn.LSTM):
         def forward(self, x: Tensor) -> Tensor:

@@ -265,7 +265,9 @@ import lstm_ext
 after, finders_after = state()
 changed = [k for k, v in before.items() if k not in after or after[k] is not v]
 assert finders_after == finders, finders_after
-assert not [k for k in changed if k[1] not in ("__warningregistry__", "_cached_ops")], changed
+places = {place for place, _ in before}
+new = [k for k, v in after.items() if k not in before and k[0] in places and not isinstance(v, types.ModuleType)]
+assert not [k for k in changed + new if k[1] not in ("__warningregistry__", "_cached_ops")], (changed, new)
 builder = torch._dynamo.variables.builder.VariableBuilder
 """
 
@@ -279,8 +281,7 @@ def run_alone(program: str, **environment: str) -> None:
 def test_the_import_changes_nothing_elsewhere():
     """A layer does, unless a variable says no."""
     hooked = "wrapped = hasattr(builder.wrap_module, '__wrapped__'); lstm_ext.LSTM(3, 4)\n"
-    after = "assert not wrapped and hasattr(builder.wrap_module, '__wrapped__')"
-    run_alone(f"{IMPORT}{hooked}{after}")
-    run_alone(
-        f"{IMPORT}{hooked}assert not hasattr(builder.wrap_module, '__wrapped__')", LSTM_EXT_INTEGRATIONS="0"
-    )
+    after = "assert not wrapped and hasattr(builder.wrap_module, '__wrapped__')\n"
+    run_alone(f"{IMPORT}{hooked}{after}assert sys.meta_path != finders")
+    none = "assert not hasattr(builder.wrap_module, '__wrapped__') and sys.meta_path == finders"
+    run_alone(f"{IMPORT}{hooked}{none}", LSTM_EXT_INTEGRATIONS="0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import subprocess
 import sys
@@ -18,7 +19,7 @@ pytest.importorskip("torchrl", reason="torchrl, of the optional group `test`, is
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torchrl.envs import Compose, InitTracker, PendulumEnv, StepCounter, TransformedEnv
-from torchrl.modules import LSTMModule, set_recurrent_mode
+from torchrl.modules import GRU, LSTM, LSTMModule, set_recurrent_mode
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "torchrl_lstm.py"
@@ -99,6 +100,30 @@ def test_their_module_with_their_layer_in_python(resets):
         lstm_ext.convert(module)
         assert isinstance(module.lstm, lstm_ext.LSTM)
         torch.testing.assert_close(run(module, data), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("cls", [LSTM, GRU])
+def test_their_layer_in_autocast(cls, with_state, dtype):
+    """The results have the dtypes of theirs."""
+    theirs = cls(I, H)
+    ours = lstm_ext.convert(copy.deepcopy(theirs))
+    x, h = torch.randn(B, T, I).to(dtype), torch.randn(1, B, H)
+    hx = (h if cls is GRU else (h, h)) if with_state else None
+    with torch.autocast("cpu"):
+        found, expected = ours(x, hx), theirs(x, hx)
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
+
+
+def test_their_layer_with_tied_weights_or_a_buffer():
+    tied, other = LSTM(I, I, 2), LSTM(I, H)
+    tied.weight_hh_l1 = tied.weight_hh_l0
+    other.register_buffer("steps", torch.zeros(1))
+    model = lstm_ext.convert(nn.ModuleList([tied, other]))
+    assert model[0].weight_hh_l1 is model[0].weight_hh_l0 is tied.weight_hh_l0 and model[1] is other
+    torch.testing.assert_close(model[0](torch.ones(B, T, I)), tied(torch.ones(B, T, I)))
+    assert "it has modules or buffers" in lstm_ext.report(model)[1].reason
 
 
 @pytest.mark.parametrize("module", [LSTMModule, ResetLSTMModule])
