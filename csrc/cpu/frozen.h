@@ -54,8 +54,8 @@ FrozenWeights<T> place_frozen(Arena& arena, const LayerShape& shape, const Froze
     }
     return weight;
   };
-  FrozenWeights<T> weights{gates(shape.input_size), gates(shape.output_size), nullptr, arena.take<T>(4 * H),
-                           plan.bf16_parts, false};
+  FrozenWeights<T> weights{gates(shape.input_size), gates(shape.output_size), nullptr,
+                           arena.take<T>(4 * H),    plan.bf16_parts,          false};
   if (shape.projected) weights.projection_panels = arena.take<T>(round_up(shape.output_size, lanes) * H);
   return weights;
 }
