@@ -136,7 +136,7 @@ def test_callers_do_not_disturb_each_other(shape, threads):
     torch.set_num_threads(threads)
     arguments = []
     for i in range(CALLERS):
-        x = torch.randn(1 if shape == "streaming" else 10 + i, batch, FEATURES, requires_grad=True)
+        x = torch.randn(1 if shape.endswith("streaming") else 10 + i, batch, FEATURES, requires_grad=True)
         _, state = module(x.detach())
         states = (state,) if gru else state
         arguments.append((x, tuple(torch.randn_like(s).requires_grad_() for s in states)))
