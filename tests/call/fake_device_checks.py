@@ -262,7 +262,9 @@ def test_second_derivatives(
         torch.testing.assert_close(a, b)
 
 
-def test_gradients_of_cudnn_with_a_graph_in_a_checkpoint(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_cudnn_with_a_graph_in_a_checkpoint(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A checkpoint gives each saved tensor once, and the backward pass of cuDNN takes it."""
     module = lstm_ext.LSTM(I, H, dtype=torch.float64).to(device)
     monkeypatch.setattr(route, "torch_lstm", lstm_of_cudnn)
