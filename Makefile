@@ -12,6 +12,8 @@ PY := $(VENV)/bin/python
 # A process that ends in a test, which hangs or crashes, ends the run.
 PYTEST_OPTIONS = -q -n $(JOBS) --dist worksteal --max-worker-restart=0
 PYTEST = $(PY) -m pytest $(PYTEST_OPTIONS)
+# All tests of the product, the slow ones too, for another Python or torch than that of VENV.
+PRODUCT = -m 'not tools and not full and not pages'
 PACKAGES := $(VENV)/.lstm_ext-packages
 LINTERS := $(VENV)/.lstm_ext-linters
 # The optional groups of pyproject.toml; a target installs those that it needs.
@@ -93,10 +95,10 @@ test: build $(TESTING)
 check: build $(TESTING)
 	$(PYTEST) tests/matrix tests/layer/test_routes.py tests/nn/test_construction.py $(ARGS)
 
-# What checks the tools: the emulator, builds, examples, benchmarks; and what takes long: the CUDA
-# kernels on the emulator, exports, several processes. .ci/run runs it as well. mypy is one of the linters.
+# What checks the tools: the emulator, builds, examples, benchmarks; and what takes long: the CUDA kernels on the
+# emulator, exports, several processes, the slow tests of the product. .ci/run runs it as well. mypy is one of the linters.
 test-tools: build $(TESTING) $(LINTERS)
-	$(PYTEST) -m 'tools and not full' $(ARGS)
+	$(PYTEST) -m '(tools or slow) and not full' $(ARGS)
 
 # These two, and the long matrices.
 test-full: build $(TESTING)
@@ -174,7 +176,7 @@ cuda-build: $(CUDA_INSTALLED)
 	cd build/cuda && LSTM_EXT_BACKEND=aot $(CUDA_PY) -m lstm_ext.info
 	cd build/cuda && $(CUDA_PY) -c 'from lstm_ext.native import loader as l; \
 	  cuda = l.extension().build_info()["cuda"]; assert cuda and cuda == l.status().cuda, l.status()'
-	cd build/cuda && $(CUDA_PY) -m pytest $(PYTEST_OPTIONS) -c ../../pyproject.toml ../../tests \
+	cd build/cuda && $(CUDA_PY) -m pytest $(PYTEST_OPTIONS) $(PRODUCT) -c ../../pyproject.toml ../../tests \
 	  $(CUDA_LEFT_OUT:%=--ignore=../../tests/%) $(ARGS)
 	$(FEW_ARCHITECTURES) $(CUDA_PY) .ci/wheel.py --here --cuda
 	$(CUDA_PY) .ci/wheel.py --here --check
@@ -185,7 +187,7 @@ FREE_TESTS := nn/test_races.py cpu/test_threads.py nn/test_forward.py nn/test_ce
   nn/test_frozen.py nn/test_convert.py nn/test_torch_lstm.py matrix/test_faults.py layer/test_ops.py
 free-threaded: $(FREE_INSTALLED)
 	@mkdir -p build/free
-	cd build/free && $(FREE_PY) -m pytest $(PYTEST_OPTIONS) -c ../../pyproject.toml $(FREE_TESTS:%=../../tests/%) $(ARGS)
+	cd build/free && $(FREE_PY) -m pytest $(PYTEST_OPTIONS) $(PRODUCT) -c ../../pyproject.toml $(FREE_TESTS:%=../../tests/%) $(ARGS)
 
 # Packages that have LSTMs, before and after lstm_ext.convert. Installs 2 GB.
 compat: build $(TESTING) $(COMPAT_PACKAGES)

@@ -452,6 +452,7 @@ print(loader.status().backend, len(caught), *[w.message for w in caught])
 """
 
 
+@pytest.mark.slow
 def test_importing_the_package_anew() -> None:
     program = """
 import sys, torch, lstm_ext

@@ -75,6 +75,7 @@ def edges(lanes: int, tile_rows: int) -> dict[str, list[Case]]:
 GROUPS = list(edges(4, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 def test_tile_edges(capability, threads, dtype, group):
@@ -120,6 +121,7 @@ def assert_planned(plan: dict[str, int], expected: dict[str, Any]) -> None:
         assert plan[name] in (value if isinstance(value, range) else [value]), (name, plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 def test_paths(capability, threads, dtype, path):
@@ -181,6 +183,7 @@ WORKERS: dict[str, tuple[Case, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
@@ -429,6 +432,7 @@ def test_sigmoid_and_tanh_to_three_units_in_the_last_place(capability):
                 assert ((c[0].double() - exact).abs() <= 6 * 2.0**-24 * exact.abs()).all()
 
 
+@pytest.mark.slow
 def test_capability_by_name_and_variables():
     with pytest.raises(ValueError, match="expected 'amx', 'avx512_bf16', 'avx512' or 'avx2', got 'sse9'"):
         _C.set_cpu_capability("sse9")

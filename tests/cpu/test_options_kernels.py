@@ -82,6 +82,7 @@ def test_cases(name, capability):
         check_passes(in_registers(CASES[name]), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "kind"), PAIRS)
 def test_shapes(shape, kind, capability):
     torch.set_num_threads(2 if shape in ON_TWO_THREADS else 1)

@@ -63,6 +63,7 @@ def long_enough(direction: str) -> Callable[[], object]:
         steps *= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_others_run_during_a_kernel(direction):
     """While a thread is in a long kernel, another one runs Python and kernels of its own: no GIL, no lock."""
@@ -197,6 +198,7 @@ def many_workers() -> Iterator[None]:
     loader.extension().set_worker_costs(1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("many_workers")
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "recompute"])
 @pytest.mark.parametrize("option", OPTIONS)
@@ -303,6 +305,7 @@ def test_a_child_of_fork_computes(before: str, has_team: bool) -> None:
     assert done.stdout == f"True {has_team}\n", done.stderr
 
 
+@pytest.mark.slow
 def test_workers_that_share_a_core_become_one() -> None:
     """Two of them, on a core that both need, hold each other up. The numbers stay the same."""
     done = subprocess.run([sys.executable, "-c", ON_ONE_CORE], capture_output=True, text=True, check=True)
@@ -406,6 +409,7 @@ assert torch.equal(module(x)[0], output)
 """
 
 
+@pytest.mark.slow
 def test_a_wait_that_is_too_long_raises() -> None:
     """A signal stops the other worker of two until another signal comes. The next call is right."""
     (run,) = forks.run(LATE, {})
@@ -415,6 +419,7 @@ def test_a_wait_that_is_too_long_raises() -> None:
     assert run.returncode == 0 and re.fullmatch(f"({said}\n){{2}}", run.stdout), (run.stdout, run.stderr)
 
 
+@pytest.mark.slow
 def test_the_limit_of_waits_need_not_be_set() -> None:
     program = """
 if os.environ.get("WITHOUT"):
@@ -457,6 +462,7 @@ layer(x)[0].sum().backward()
 """
 
 
+@pytest.mark.slow
 def test_kept_memory_is_given_back() -> None:
     done = subprocess.run([sys.executable, "-c", KEEP], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -120,6 +120,7 @@ def run(
         batch += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("category", NAMES)
 def test_a_few(category):
     run(category, int(FEW * CATEGORIES[category][2]), 0)

@@ -189,6 +189,7 @@ def assert_follows(module: nn.Module, calls: list[tuple], most: int, left: int =
     assert len(graphs.all) <= most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
     [[(5, 3), (7, 3), (9, 3), (4, 3)], [(5, 3), (5, 4), (5, 6)], [(5, 3), (7, 4), (9, 6)]],
@@ -208,6 +209,7 @@ class WithOptions(nn.Module):
         return self.lstm(x, hx, **call)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "names"),
     [
@@ -236,6 +238,7 @@ def test_dynamic_compiles_once(options: dict, names: tuple[str, ...]) -> None:
     assert_follows(module, calls, most=1, left=left, dynamic=True)
 
 
+@pytest.mark.slow
 def test_one_step_one_row_no_row() -> None:
     sizes = [(5, 3), (7, 4), (1, 3), (7, 1), (1, 1), (5, 0), (9, 6)]
     # torch compiles anew for a size of 0 or 1, and once more for each pair of them.
@@ -245,6 +248,7 @@ def test_one_step_one_row_no_row() -> None:
 # ---- ways to call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(context) -> None:
     if context is torch.inference_mode and OLD_TORCH:
@@ -295,6 +299,7 @@ def test_masks_are_drawn_anew() -> None:
         assert not torch.equal(training_step(ours, x)[0], result[0])
 
 
+@pytest.mark.slow
 def test_step_cell_and_functional() -> None:
     module = lstm_ext.LSTM(I, H, 2)
     cell = lstm_ext.LSTMCell(I, H)
@@ -322,6 +327,7 @@ def test_step_cell_and_functional() -> None:
         graphs.assert_layers(layers)
 
 
+@pytest.mark.slow
 def test_numbers_that_a_compiler_takes_for_changing_ones() -> None:
     """A list of lengths from the second call on, and with dynamic=True each int of a closure."""
     module, x = lstm_ext.LSTM(I, H, 3), torch.randn(T, 3, I)
@@ -405,6 +411,7 @@ def packed(lengths: list[int], enforce_sorted: bool) -> PackedSequence:
     return pack_padded_sequence(x, lengths, enforce_sorted=enforce_sorted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_hx", [False, True])
 @pytest.mark.parametrize("enforce_sorted", [False, True])
 def test_packed(enforce_sorted: bool, has_hx: bool) -> None:
@@ -475,6 +482,7 @@ def transformed(module: lstm_ext.LSTM) -> dict:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", ["vmap", "grad", "grad_of_parameters", "grads_of_samples", "jacrev"])
 def test_transforms_inside_a_compiled_function(transform: str) -> None:
     function = transformed(lstm_ext.LSTM(I, H, 2))[transform]
@@ -522,6 +530,7 @@ def test_backward_through_a_compiled_transform() -> None:
     torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.slow
 def test_forward_mode_inside_a_compiled_function() -> None:
     """Takes the equations of the reference, as it does without a compiler."""
     module = lstm_ext.LSTM(I, H)

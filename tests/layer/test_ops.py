@@ -29,6 +29,7 @@ every_case = pytest.mark.parametrize("name", CASES)
 # ---- what torch demands of an operator
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["", "gradients"])
 @every_case
 def test_layer_passes_opcheck(name: str, requires_grad: bool) -> None:
@@ -36,6 +37,7 @@ def test_layer_passes_opcheck(name: str, requires_grad: bool) -> None:
     torch.library.opcheck(ops.lstm_layer, case.layer, case.options)
 
 
+@pytest.mark.slow
 @every_case
 def test_forward_and_backward_pass_opcheck(name: str) -> None:
     case = make(name)

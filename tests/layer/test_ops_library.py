@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from lstm_ext import ops
 from lstm_ext.native import config, loader
 
-pytestmark = pytest.mark.devices("cpu", "cuda")
+pytestmark = [pytest.mark.devices("cpu", "cuda"), pytest.mark.slow]
 
 
 # ---- tracing and compiling

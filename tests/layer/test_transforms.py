@@ -138,6 +138,7 @@ def test_vmap(transform, model, device):
         assert set(calls) == {"lstm_layer" if case.recompute else operator}
 
 
+@pytest.mark.slow
 @every_model
 @pytest.mark.parametrize("transform", BATCHED_DERIVATIVES)
 def test_vmap_of_derivatives(transform, model, device):

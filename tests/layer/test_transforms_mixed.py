@@ -40,6 +40,7 @@ pytestmark = pytest.mark.devices("cpu", "cuda")
 # ---- forward mode: the equations of the reference, against reverse mode on the kernels
 
 
+@pytest.mark.slow
 @some_models
 def test_forward_mode(model, device):
     case = make_model(model, device)

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import forks
+import pytest
 
 from lstm_ext.native import config
 
@@ -56,6 +57,7 @@ VARIABLES = (
 SWITCHES_OF_TESTS = {"LSTM_EXT_CPU_VNNI"}
 
 
+@pytest.mark.slow
 def test_a_value_that_means_nothing() -> None:
     """Whatever the device: what was asked for is not to be had."""
     cases = [(name, value, said, program) for name, values, said, program in VARIABLES for value in values]

@@ -24,6 +24,8 @@ import lstm_ext
 from lstm_ext.native import integrations, loader
 from lstm_ext.nn.torch_layers import PATCHED
 
+pytestmark = pytest.mark.slow
+
 T, B, I, H = 4, 2, 3, 5
 
 

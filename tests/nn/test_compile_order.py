@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 import lstm_ext
 
+pytestmark = pytest.mark.slow
+
 T, B, I, H = 4, 3, 2, 5
 LENGTHS = [4, 1, 3]
 

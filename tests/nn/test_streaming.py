@@ -39,6 +39,7 @@ def states(layer, batch):
     return torch.randn(L, batch, P, dtype=dtype), torch.randn(L, batch, layer.hidden_size, dtype=dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.devices("cpu")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

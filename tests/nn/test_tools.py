@@ -278,6 +278,7 @@ def run_alone(program: str, **environment: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_import_changes_nothing_elsewhere():
     """A layer does, unless a variable says no."""
     hooked = "wrapped = hasattr(builder.wrap_module, '__wrapped__'); lstm_ext.LSTM(3, 4)\n"

@@ -215,5 +215,6 @@ assert type(module.lstm) is lstm_ext.LSTM
 """
 
 
+@pytest.mark.slow
 def test_torchrl_is_imported_where_our_classes_are_in_torchs_place():
     subprocess.run([sys.executable, "-W", "ignore", "-c", IN_PLACE_OF_TORCH], check=True)
