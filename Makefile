@@ -96,7 +96,7 @@ check: build $(TESTING)
 	$(PYTEST) tests/matrix tests/layer/test_routes.py tests/nn/test_construction.py $(ARGS)
 
 # What checks the tools: the emulator, builds, examples, benchmarks; and what takes long: the CUDA kernels on the
-# emulator, exports, several processes, the slow tests of the product. .ci/run runs it as well. mypy is one of the linters.
+# emulator, exports, several processes, the slow tests of the product. .ci/run runs it as well. mypy is a linter.
 test-tools: build $(TESTING) $(LINTERS)
 	$(PYTEST) -m '(tools or slow) and not full' $(ARGS)
 

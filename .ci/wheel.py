@@ -43,7 +43,7 @@ TEST_PACKAGES = ("pytest", "pytest-xdist", "pytest-timeout", "numpy", "expecttes
 LEFT_OUT = ("test_onnx_export.py", "test_torchrl.py")
 TESTS = (
     *shlex.split("-q -n 2 --dist worksteal -p no:cacheprovider -W ignore"),
-    *("-k", "not without_fullgraph"),
+    *("-k", "not without_fullgraph", "-m", "not tools and not full and not pages"),  # the slow ones, too
     *("-c", str(ROOT / "pyproject.toml"), str(ROOT / "tests" / "nn"), str(ROOT / "tests" / "call")),
     *(f"--ignore={ROOT / 'tests' / 'nn' / name}" for name in LEFT_OUT),
 )
